@@ -1,0 +1,5 @@
+//! STOQ: a kernel-bypass QUIC data-plane engine.
+#![deny(unsafe_code)]
+
+pub mod clock;
+pub mod datapath;
