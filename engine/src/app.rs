@@ -16,6 +16,7 @@ use quinn_proto::{Dir, StreamId, VarInt};
 
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
 use crate::proto::{ConnectionStats, Owner, Protocol};
+use crate::shard::mailbox::{Command, Mailbox};
 
 /// A connection of one shard. Never reused: a stale id is answered with "unknown".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -123,6 +124,31 @@ pub trait ShardApp: Send + 'static {
     fn handle_message(&mut self, cx: &mut ShardCx<'_>, message: Box<dyn Any + Send>) {}
 }
 
+/// Sends messages to the application of one shard from any thread.
+#[derive(Clone)]
+pub struct AppSender {
+    mailbox: Mailbox,
+}
+
+impl AppSender {
+    /// Sends a message; [`ShardApp::handle_message`] gets it.
+    ///
+    /// # Errors
+    /// Gives the message back when the mailbox is full or the shard has ended.
+    pub fn send(&self, message: Box<dyn Any + Send>) -> Result<(), Box<dyn Any + Send>> {
+        match self.mailbox.push(Command::App(message)) {
+            Err(Command::App(message)) => Err(message),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the shard has ended: nothing sent will ever be taken.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.mailbox.is_stopped()
+    }
+}
+
 /// What a [`ShardApp`] may do during a call.
 pub struct ShardCx<'a> {
     pub(crate) proto: &'a mut Protocol,
@@ -135,6 +161,12 @@ impl ShardCx<'_> {
     #[must_use]
     pub fn now(&self) -> Instant {
         self.now
+    }
+
+    /// A sender of messages to this shard's own application, for helper threads.
+    #[must_use]
+    pub fn sender(&self) -> AppSender {
+        AppSender { mailbox: self.proto.mailbox.clone() }
     }
 
     /// This shard's number, from 0.

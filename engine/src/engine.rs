@@ -261,6 +261,7 @@ impl Starter {
             identity: self.identity.clone(),
             cid_key: self.siblings.cid_key.clone(),
             shard,
+            mailbox: self.siblings.mailboxes[shard].clone(),
             mtu_bytes: datapath.max_udp_payload(&probe),
             seed,
         };

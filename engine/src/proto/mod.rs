@@ -85,6 +85,7 @@ pub(crate) struct Protocol {
     transport: Arc<quinn_proto::TransportConfig>,
     client: Option<ClientConfig>,
     shard: usize,
+    pub(crate) mailbox: crate::shard::mailbox::Mailbox,
     accepting: bool,
     pub(crate) counters: ShardCounters,
 }
@@ -95,6 +96,8 @@ pub(crate) struct ProtocolSetup {
     pub(crate) identity: QuicIdentity,
     pub(crate) cid_key: cid::CidKey,
     pub(crate) shard: usize,
+    /// The shard's mailbox, for applications that send to themselves.
+    pub(crate) mailbox: crate::shard::mailbox::Mailbox,
     /// Largest UDP payload that the datapath carries.
     pub(crate) mtu_bytes: u16,
     /// Seed of this shard's randomness; fixed in simulations.
@@ -103,7 +106,7 @@ pub(crate) struct ProtocolSetup {
 
 impl Protocol {
     pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
-        let ProtocolSetup { config, identity, cid_key, shard, mtu_bytes, seed } = setup;
+        let ProtocolSetup { config, identity, cid_key, shard, mailbox, mtu_bytes, seed } = setup;
         let transport = Arc::new(config.quic(mtu_bytes));
         let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
         let mut endpoint_config = EndpointConfig::new(reset_key);
@@ -145,6 +148,7 @@ impl Protocol {
             transport,
             client,
             shard,
+            mailbox,
             counters: ShardCounters::default(),
         }
     }

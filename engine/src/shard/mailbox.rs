@@ -100,6 +100,11 @@ impl Mailbox {
         result
     }
 
+    /// Whether the shard has ended.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.inner.stopped.load(Ordering::SeqCst)
+    }
+
     /// Pushes a notice that must not fail; the caller keeps at most one per handle in the queue.
     pub(crate) fn notify(&self, notice: HandleCommand) {
         if !self.inner.stopped.load(Ordering::SeqCst) {
