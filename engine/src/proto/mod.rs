@@ -1,0 +1,3 @@
+//! The QUIC protocol side of a shard.
+
+pub mod bbr;
