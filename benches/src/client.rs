@@ -47,7 +47,8 @@ impl TrustArgs {
 
 /// Splits `https://[addr]:port/path` into the peer and the path.
 pub fn parse_url(url: &str) -> anyhow::Result<(SocketAddrV6, String)> {
-    let rest = url.strip_prefix("https://").with_context(|| format!("{url}: not an https:// URL"))?;
+    let rest =
+        url.strip_prefix("https://").with_context(|| format!("{url}: not an https:// URL"))?;
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let authority =
         if authority.ends_with(']') { format!("{authority}:443") } else { authority.to_owned() };

@@ -92,7 +92,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     for file in &files {
         println!("{}  {}  {}", file.sha256, output::size(file.bytes), file.url);
     }
-    eprintln!("{} in {seconds:.2} s over {datapath} ({mode}): {}", output::size(bytes), output::rate(bps));
+    eprintln!(
+        "{} in {seconds:.2} s over {datapath} ({mode}): {}",
+        output::size(bytes),
+        output::rate(bps)
+    );
     Ok(())
 }
 

@@ -250,8 +250,7 @@ impl HqStream {
         stream: StreamId,
         readers: &FileReaders,
     ) -> bool {
-        self.file.is_none()
-            || (self.send(cx, conn, stream) && self.ask(cx, conn, stream, readers))
+        self.file.is_none() || (self.send(cx, conn, stream) && self.ask(cx, conn, stream, readers))
     }
 }
 

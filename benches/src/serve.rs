@@ -96,7 +96,11 @@ fn announce(args: &Args, engine: &Engine) -> anyhow::Result<()> {
             "queues": engine.shards(),
         }));
     }
-    eprintln!("listening on {} over {datapath} ({mode}), {} shard(s)", engine.local_addr(), engine.shards());
+    eprintln!(
+        "listening on {} over {datapath} ({mode}), {} shard(s)",
+        engine.local_addr(),
+        engine.shards()
+    );
     for reason in engine.datapath_reasons() {
         eprintln!("  {reason}");
     }

@@ -14,7 +14,7 @@ use quinn_proto::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, VarInt};
 use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
-use crate::proto::bbr::BbrConfig;
+use crate::proto::bbr::{BbrConfig, Params};
 use crate::proto::congestion::GatedFactory;
 
 /// Largest UDP payload that QUIC over IPv6 can carry: 65535 less the UDP header (RFC 8200 §4.5 jumbograms excluded).
@@ -70,10 +70,19 @@ impl CongestionControl {
         }
     }
 
-    fn factory(self, initial_window_bytes: u64) -> Arc<dyn ControllerFactory + Send + Sync> {
+    fn factory(
+        self,
+        initial_window_bytes: u64,
+        seed: u64,
+    ) -> Arc<dyn ControllerFactory + Send + Sync> {
+        let bbr = |params| {
+            let mut config = BbrConfig::new(params, seed);
+            config.initial_window_bytes = Some(initial_window_bytes);
+            Arc::new(config)
+        };
         match self {
-            Self::Bbr2 => Arc::new(BbrConfig::bbr2(initial_window_bytes)),
-            Self::Bbr3 => Arc::new(BbrConfig::bbr3(initial_window_bytes)),
+            Self::Bbr2 => bbr(Params::BBR2),
+            Self::Bbr3 => bbr(Params::BBR3),
             Self::Cubic => {
                 let mut config = CubicConfig::default();
                 config.initial_window(initial_window_bytes);
@@ -333,8 +342,9 @@ impl TransportConfig {
         Ok(())
     }
 
-    /// The settings in quinn-proto's terms, for paths whose UDP payload is at most `mtu_bytes`.
-    pub(crate) fn quic(&self, mtu_bytes: u16) -> quinn_proto::TransportConfig {
+    /// The settings in quinn-proto's terms, for paths whose UDP payload is at most `mtu_bytes`;
+    /// `seed` feeds the random waits of congestion control.
+    pub(crate) fn quic(&self, mtu_bytes: u16, seed: u64) -> quinn_proto::TransportConfig {
         let varint = |value: u64| VarInt::from_u64(value).expect("validated below 2^62");
         let upper_bound = match self.mtu_upper_bound_bytes {
             0 => mtu_bytes,
@@ -375,7 +385,7 @@ impl TransportConfig {
             // The shard polls packet by packet; each gets a time stamp of its own.
             .enable_segmentation_offload(false)
             .congestion_controller_factory(Arc::new(GatedFactory(
-                self.congestion_control.factory(initial_window),
+                self.congestion_control.factory(initial_window, seed),
             )));
         quic
     }

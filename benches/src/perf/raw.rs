@@ -85,7 +85,11 @@ fn drive(args: &Args, datapath: &mut impl Datapath) -> anyhow::Result<()> {
             "stats": counters,
         }));
     }
-    println!("{packets} datagrams, {} in {seconds:.2} s: {}", output::size(bytes), output::rate(bps));
+    println!(
+        "{packets} datagrams, {} in {seconds:.2} s: {}",
+        output::size(bytes),
+        output::rate(bps)
+    );
     Ok(())
 }
 
@@ -129,8 +133,8 @@ fn send(
 }
 
 fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, f64)> {
-    let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty())
-        .context("eventfd")?;
+    let wake =
+        rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).context("eventfd")?;
     let mut batch = RxBatch::new(256, 120 * 1024);
     let opened = Instant::now();
     let (mut first, mut last) = (None, opened);

@@ -91,9 +91,9 @@ impl Controller for Gated {
         if bytes > UNTRACKED_PACKET_BYTES_MAX {
             let inflight = self.state.inflight_bytes.load(Relaxed);
             self.state.inflight_bytes.store(inflight + bytes, Relaxed);
+            self.inner.on_sent(now, bytes, last_packet_number);
+            self.publish();
         }
-        self.inner.on_sent(now, bytes, last_packet_number);
-        self.publish();
     }
 
     fn on_ack(

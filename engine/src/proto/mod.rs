@@ -107,7 +107,8 @@ pub(crate) struct ProtocolSetup {
 impl Protocol {
     pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
         let ProtocolSetup { config, identity, cid_key, shard, mailbox, mtu_bytes, seed } = setup;
-        let transport = Arc::new(config.quic(mtu_bytes));
+        let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
+        let transport = Arc::new(config.quic(mtu_bytes, cc_seed));
         let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
         let mut endpoint_config = EndpointConfig::new(reset_key);
         endpoint_config
