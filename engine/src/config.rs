@@ -143,7 +143,6 @@ impl std::error::Error for ConfigError {}
 /// The transport's settings and limits. Every field has a default; unknown keys are refused.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-#[non_exhaustive]
 pub struct TransportConfig {
     /// Address and port to bind; `[::]:0` lets the system choose.
     pub bind: SocketAddrV6,

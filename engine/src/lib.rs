@@ -12,6 +12,7 @@ mod handles;
 pub mod metrics;
 pub mod proto;
 pub mod shard;
+pub mod sim;
 pub mod stream;
 
 pub use quinn_proto::{Dir, StreamId, VarInt};

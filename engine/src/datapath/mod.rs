@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 pub mod choice;
 mod null;
-pub(crate) mod open;
+pub mod open;
+pub mod sim;
 
 use bytes::{BufMut, BytesMut};
 
