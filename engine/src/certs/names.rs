@@ -109,15 +109,21 @@ impl IdentityNames {
     }
 
     /// A name to verify against, for each DNS name and address; wildcards as one instance.
-    pub(super) fn server_names(&self) -> Vec<ServerName<'static>> {
-        let dns = self.dns.iter().map(|name| {
-            let name = match name.strip_prefix("*.") {
+    pub(super) fn server_names(&self) -> Result<Vec<ServerName<'static>>, CertsError> {
+        let mut names = Vec::with_capacity(self.dns.len() + self.ipv6.len());
+        for name in &self.dns {
+            let instance = match name.strip_prefix("*.") {
                 Some(parent) => format!("any.{parent}"),
                 None => name.clone(),
             };
-            ServerName::try_from(name).expect("DNS names were checked when added")
-        });
-        dns.chain(self.ipv6.iter().map(|address| ServerName::from(*address))).collect()
+            // Names of a parsed certificate were checked by nobody before.
+            names.push(
+                ServerName::try_from(instance)
+                    .map_err(|_| malformed(format!("`{name}` is not a DNS name")))?,
+            );
+        }
+        names.extend(self.ipv6.iter().map(|address| ServerName::from(*address)));
+        Ok(names)
     }
 }
 
@@ -245,6 +251,18 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     significant.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The bytes of hexadecimal `text`; `None` if it is empty, odd or something else.
+pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
+    if text.is_empty() || !text.len().is_multiple_of(2) {
+        return None;
+    }
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    text.as_bytes()
+        .chunks(2)
+        .map(|pair| u8::try_from(digit(pair[0])? * 16 + digit(pair[1])?).ok())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,6 +286,10 @@ mod tests {
         assert_eq!(hex(&[0, 0x8f, 1]), "8f01");
         assert_eq!(hex(&[0]), "00");
         assert_eq!(hex(&[1, 0]), "0100");
+        assert_eq!(unhex("8f01").unwrap(), [0x8f, 1]);
+        for bad in ["", "abc", "zz", "é", "+1"] {
+            assert_eq!(unhex(bad), None, "{bad:?}");
+        }
     }
 
     #[test]

@@ -53,7 +53,8 @@ pub(super) fn certificates(
 
 /// The first private key in `pem`; `what` names the source in errors.
 pub(super) fn private_key(pem: &[u8], what: &str) -> Result<PrivateKeyDer<'static>, CertsError> {
-    PrivateKeyDer::from_pem_slice(pem).map_err(|error| parse_error(&error, what, "private key"))
+    PrivateKeyDer::from_pem_slice(pem)
+        .map_err(|error| parse_error(&error, pem, what, "private key"))
 }
 
 /// All private keys in `pem`; `what` names the source in errors.
@@ -67,19 +68,23 @@ pub(super) fn private_keys(
 fn sections<T: PemObject>(pem: &[u8], what: &str, kind: &str) -> Result<Vec<T>, CertsError> {
     let found: Vec<T> = T::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
-        .map_err(|error| parse_error(&error, what, kind))?;
+        .map_err(|error| parse_error(&error, pem, what, kind))?;
     if found.is_empty() {
-        return Err(parse_error(&pem::Error::NoItemsFound, what, kind));
+        return Err(parse_error(&pem::Error::NoItemsFound, pem, what, kind));
     }
     Ok(found)
 }
 
-fn parse_error(error: &pem::Error, what: &str, kind: &str) -> CertsError {
+fn parse_error(error: &pem::Error, text: &[u8], what: &str, kind: &str) -> CertsError {
     let (fault, reason) = match error {
         pem::Error::MissingSectionEnd { end_marker } => (
             CertificateFault::Truncated,
             format!("ends before `{}`", String::from_utf8_lossy(end_marker).trim()),
         ),
+        // A section that opens with the last, unfinished line.
+        pem::Error::IllegalSectionStart { line } if text.ends_with(line) => {
+            (CertificateFault::Truncated, "ends in the line that opens a section".to_owned())
+        }
         pem::Error::NoItemsFound => (CertificateFault::Malformed, format!("holds no {kind}")),
         other => (CertificateFault::Malformed, format!("unreadable {kind}: {other}")),
     };
@@ -167,7 +172,7 @@ mod tests {
     #[test]
     fn truncated_and_empty_files_have_their_own_faults() {
         let text = encode("CERTIFICATE", &[7; 300]);
-        for cut in [30, text.len() / 2, text.len() - 10] {
+        for cut in [14, 30, text.len() / 2, text.len() - 10] {
             let error = certificates(&text.as_bytes()[..cut], "leaf.pem").unwrap_err();
             assert_eq!(error.fault(), CertificateFault::Truncated, "cut at {cut}: {error}");
             assert!(error.to_string().contains("leaf.pem"));

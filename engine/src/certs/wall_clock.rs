@@ -30,44 +30,47 @@ impl WallClock for SystemWallClock {
 /// A date that moves only when told to, in either direction.
 #[derive(Debug)]
 pub struct SimWallClock {
-    unix_ms: AtomicU64,
+    unix_ns: AtomicU64,
 }
 
 impl SimWallClock {
     /// A clock that stands at `start`.
     ///
     /// # Panics
-    /// If `start` lies before 1970.
+    /// If `start` lies before 1970 or after 2553.
     #[must_use]
     pub fn new(start: SystemTime) -> Self {
-        Self { unix_ms: AtomicU64::new(unix_ms(start)) }
+        Self { unix_ns: AtomicU64::new(unix_ns(start)) }
     }
 
     /// Sets the date, forwards or backwards.
     ///
     /// # Panics
-    /// If `now` lies before 1970.
+    /// If `now` lies before 1970 or after 2553.
     pub fn set(&self, now: SystemTime) {
         // Relaxed: the date publishes nothing but itself.
-        self.unix_ms.store(unix_ms(now), Ordering::Relaxed);
+        self.unix_ns.store(unix_ns(now), Ordering::Relaxed);
     }
 
-    /// Moves the date forward by `step`, in whole milliseconds.
+    /// Moves the date forward by `step`.
+    ///
+    /// # Panics
+    /// If `step` exceeds 584 years.
     pub fn advance(&self, step: Duration) {
-        let step_ms = u64::try_from(step.as_millis()).expect("a step fits 64 bits of milliseconds");
-        self.unix_ms.fetch_add(step_ms, Ordering::Relaxed);
+        let step_ns = u64::try_from(step.as_nanos()).expect("a step fits 64 bits of nanoseconds");
+        self.unix_ns.fetch_add(step_ns, Ordering::Relaxed);
     }
 }
 
 impl WallClock for SimWallClock {
     fn now(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_millis(self.unix_ms.load(Ordering::Relaxed))
+        UNIX_EPOCH + Duration::from_nanos(self.unix_ns.load(Ordering::Relaxed))
     }
 }
 
-fn unix_ms(time: SystemTime) -> u64 {
+fn unix_ns(time: SystemTime) -> u64 {
     let since_epoch = time.duration_since(UNIX_EPOCH).expect("dates before 1970 are not simulated");
-    u64::try_from(since_epoch.as_millis()).expect("dates fit 64 bits of milliseconds")
+    u64::try_from(since_epoch.as_nanos()).expect("dates before 2554 fit 64 bits of nanoseconds")
 }
 
 /// Whole seconds since 1970; a date before that counts as 1970.
