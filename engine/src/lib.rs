@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod app;
+pub mod certs;
 pub mod clock;
 pub mod config;
 pub mod connection;
@@ -14,5 +15,19 @@ pub mod proto;
 pub mod shard;
 pub mod sim;
 pub mod stream;
+mod sys;
+mod umem;
+pub mod wire;
 
 pub use quinn_proto::{Dir, StreamId, VarInt};
+
+/// The TLS configurations that engines take, in quinn-proto's types.
+pub mod quic {
+    pub use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+}
+
+/// Pins the calling thread to a core; `false` when the process may not use that core.
+#[must_use]
+pub fn pin_current_thread(core: usize) -> bool {
+    core_affinity::set_for_current(core_affinity::CoreId { id: core })
+}
