@@ -3,3 +3,5 @@
 
 pub mod clock;
 pub mod datapath;
+mod sys;
+mod umem;
