@@ -8,9 +8,6 @@ pub(super) const RX_HEADROOM_BYTES: u32 = 256;
 /// of 4096 bytes hold the largest IPv6 packet.
 pub(super) const FRAMES_PER_PACKET_MAX: usize = 17;
 
-/// Most UDP payload that fits an IPv6 packet without jumbo payloads, in bytes.
-pub(super) const UDP_PAYLOAD_BYTES_MAX: usize = 65_527;
-
 /// Sizes and bounds of one AF_XDP datapath (one per queue).
 ///
 /// Memory per queue: (`rx_frames` + `tx_frames`) × `frame_size_bytes`, by

@@ -47,14 +47,12 @@ use super::{
     Capabilities, Datapath, DatapathCounters, DatapathEvent, RxBatch, TxDrop, TxMeta, TxVerdict,
 };
 use crate::sys::xsk::Statistics;
+use crate::wire::IP_OVERHEAD_BYTES;
 
 pub use self::error::AfXdpError;
 pub use self::limits::{AfXdpLimits, LimitsError};
 pub use self::open::{AfXdpConfig, open_interface};
 pub use self::socket::ZeroCopy;
-
-/// Bytes of IPv6 and UDP header in a packet.
-const IP_UDP_HEADERS_BYTES: u32 = 48;
 
 /// A shard that never sleeps looks at the slow-path socket once in so many turns.
 const SLOW_PATH_TURNS: u32 = 64;
@@ -330,7 +328,7 @@ impl AfXdp {
 
 /// UDP payload bytes that fit the MTU and the frames of one packet.
 fn payload_max(mtu_bytes: u32, transmitter: &Transmitter) -> usize {
-    let by_mtu = mtu_bytes.saturating_sub(IP_UDP_HEADERS_BYTES) as usize;
+    let by_mtu = (mtu_bytes as usize).saturating_sub(IP_OVERHEAD_BYTES);
     by_mtu.min(transmitter.payload_max())
 }
 

@@ -45,6 +45,9 @@ pub struct AfXdpConfig {
     pub attach_mode: Option<AttachMode>,
     /// Whether generic (SKB) mode may be used when the driver cannot attach natively.
     pub allow_skb_mode: bool,
+    /// Whether UDP checksums of sent packets may be left to the device (or, in
+    /// copy mode, to the kernel) where that is reliable; the engine sums otherwise.
+    pub checksum_offload: bool,
     /// Sizes and bounds.
     pub limits: AfXdpLimits,
 }
@@ -60,6 +63,7 @@ impl AfXdpConfig {
             zero_copy: ZeroCopy::Prefer,
             attach_mode: None,
             allow_skb_mode: false,
+            checksum_offload: true,
             limits: AfXdpLimits::default(),
         }
     }
@@ -241,7 +245,7 @@ fn assemble(config: &AfXdpConfig, ifindex: u32, interface: &Arc<Interface>, part
     let Parts { neighbors, slow_path, socket, queue } = parts;
     let limits = &config.limits;
     let now = Instant::now();
-    let offload = checksum_offload(&socket);
+    let offload = config.checksum_offload && checksum_offload(&socket);
     let transmitter = Transmitter::new(
         slow_path.local_addr().port(),
         limits.frame_size_bytes,

@@ -10,11 +10,8 @@ use super::limits::FRAMES_PER_PACKET_MAX;
 use super::rings::{Rings, RxFragment};
 use crate::datapath::{DatapathCounters, Ecn, RxBatch};
 use crate::umem::Umem;
-use crate::wire::checksum::{fold, is_partial, pseudo_header_sum, sum};
-use crate::wire::{ParseError, UdpPacket, parse_udp};
-
-/// Length of a UDP header in bytes (RFC 768).
-const UDP_HEADER_BYTES: usize = 8;
+use crate::wire::checksum::{Accumulator, fold, is_partial, pseudo_header};
+use crate::wire::{ParseError, UdpPacket, parse_udp, udp};
 
 /// Most fragments of a received packet that are kept; a longer packet is dropped and counted.
 /// One more than we send: the kernel may leave the first frame nearly empty.
@@ -140,19 +137,23 @@ impl Receiver {
         if !self.is_ours(&packet, addresses) {
             return Judgement::NotOurs;
         }
-        // From the UDP header to the end of the payload: what the checksum covers.
-        cut(parts, packet.payload_offset - UDP_HEADER_BYTES, UDP_HEADER_BYTES + packet.payload_len);
-        let pseudo = pseudo_header_sum(
-            &packet.src,
-            &packet.dst,
-            (UDP_HEADER_BYTES + packet.payload_len) as u32,
-        );
+        let datagram = packet.datagram_range();
+        cut(parts, datagram.start, datagram.len());
+        let pseudo = pseudo_header(&packet.src, &packet.dst, datagram.len() as u16);
+        // The partial form first: it needs no pass over the payload.
         if is_partial(packet.checksum, pseudo) {
             self.partial_checksums += 1;
-        } else if fold(pseudo + sum_parts(parts)) != 0xffff {
-            return Judgement::WrongChecksum;
+        } else {
+            let mut sum = Accumulator::new(pseudo);
+            for part in &*parts {
+                sum.add(part);
+            }
+            // With the field in place the sum of a good datagram is all ones (RFC 1071 §1).
+            if fold(sum.sum()) != 0xffff {
+                return Judgement::WrongChecksum;
+            }
         }
-        cut(parts, UDP_HEADER_BYTES, packet.payload_len);
+        cut(parts, udp::HEADER_BYTES, packet.payload_len);
         Judgement::Ours(packet)
     }
 
@@ -186,25 +187,12 @@ fn cut(parts: &mut [&[u8]], start: usize, len: usize) {
     debug_assert_eq!(take, 0, "the headers were checked against the packet's length");
 }
 
-/// The sum of the parts as one sequence of 16-bit words (RFC 1071).
-fn sum_parts(parts: &[&[u8]]) -> u64 {
-    let mut total = 0;
-    let mut odd = false;
-    for part in parts {
-        let part_sum = fold(sum(part));
-        // From an odd offset on, each byte is the other half of its word.
-        total += u64::from(if odd { part_sum.swap_bytes() } else { part_sum });
-        odd ^= part.len() % 2 == 1;
-    }
-    total
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::datapath::af_xdp::rings::kernel_end::{KernelEnd, rings};
     use crate::sys::xsk::RingSizes;
-    use crate::wire::{HEADERS_LEN, HeaderFields, write_headers};
+    use crate::wire::{HEADERS_BYTES, HeaderFields, write_headers};
 
     const SRC: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
     const DST: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
@@ -250,7 +238,7 @@ mod tests {
     }
 
     fn packet(payload: &[u8]) -> Vec<u8> {
-        let mut packet = vec![0; HEADERS_LEN + payload.len()];
+        let mut packet = vec![0; HEADERS_BYTES + payload.len()];
         let fields = HeaderFields {
             src_mac: [2, 0, 0, 0, 0, 1],
             dst_mac: [2, 0, 0, 0, 0, 2],
@@ -262,9 +250,8 @@ mod tests {
             hop_limit: 64,
             flow_label: 0,
         };
-        let head = packet.first_chunk_mut::<HEADERS_LEN>().expect("whole headers");
-        write_headers(head, &fields, payload.len());
-        packet[HEADERS_LEN..].copy_from_slice(payload);
+        write_headers(&mut packet, &fields, payload.len());
+        packet[HEADERS_BYTES..].copy_from_slice(payload);
         set_checksum(&mut packet);
         packet
     }
@@ -351,7 +338,7 @@ mod tests {
         let mut fixture = Fixture::new(8);
         let good = packet(b"payload");
         let mut corrupt = good.clone();
-        corrupt[HEADERS_LEN] ^= 1;
+        corrupt[HEADERS_BYTES] ^= 1;
         let mut no_checksum = good.clone();
         no_checksum[60..62].fill(0);
         let mut other_port = good.clone();

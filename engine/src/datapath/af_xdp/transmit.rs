@@ -14,17 +14,16 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::limits::{FRAMES_PER_PACKET_MAX, UDP_PAYLOAD_BYTES_MAX};
+use super::limits::FRAMES_PER_PACKET_MAX;
 use super::neighbors::NextHop;
 use super::rings::Rings;
 use crate::datapath::{DatapathCounters, TxMeta};
 use crate::sys::xsk::{PACKET_CONTINUES, TX_METADATA, TxMetadata, Xsk};
 use crate::umem::{Frame, Umem};
-use crate::wire::checksum::{copy_and_sum, fold, pseudo_header_sum, sum};
-use crate::wire::{HEADERS_LEN, HeaderFields, write_headers};
-
-/// Length of a UDP header in bytes (RFC 768).
-const UDP_HEADER_LEN: usize = 8;
+use crate::wire::checksum::{Accumulator, finish, fold, pseudo_header};
+use crate::wire::{
+    HEADERS_BYTES, HeaderFields, UDP_PAYLOAD_BYTES_MAX, udp, write_checksum, write_headers,
+};
 
 /// Offset of a packet in its first frame, and of its continuation in the others:
 /// room for TX metadata, which the kernel demands in front of every descriptor,
@@ -43,9 +42,8 @@ const KICKS_PER_FLUSH_MAX: u32 = 64;
 /// Hop limit of what we send: the value recommended by IANA and used by the kernel.
 const HOP_LIMIT: u8 = 64;
 
-/// Where the UDP checksum lies in the packet.
-const CHECKSUM_START: usize = HEADERS_LEN - UDP_HEADER_LEN;
-const CHECKSUM_OFFSET: usize = 6;
+/// Where the checksum lies in the UDP header.
+const CHECKSUM_OFFSET_BYTES: u16 = 6;
 
 const _: () = assert!(TxMetadata::LEN <= FRAME_OFFSET_BYTES);
 
@@ -102,7 +100,7 @@ impl Transmitter {
             source_port,
             checksum_offload,
             zero_copy,
-            frames_payload_max: (frames * frame_room - HEADERS_LEN).min(UDP_PAYLOAD_BYTES_MAX),
+            frames_payload_max: (frames * frame_room - HEADERS_BYTES).min(UDP_PAYLOAD_BYTES_MAX),
             frame_room,
             frames: Vec::with_capacity(FRAMES_PER_PACKET_MAX),
             progress: now,
@@ -153,7 +151,7 @@ impl Transmitter {
         self.frames.extend((0..wanted).map_while(|_| umem.take()));
         debug_assert_eq!(self.frames.len(), wanted);
         self.write(umem, hop, meta, payload);
-        let mut left = HEADERS_LEN + payload.len();
+        let mut left = HEADERS_BYTES + payload.len();
         let mut options = if self.checksum_offload { TX_METADATA } else { 0 };
         for frame in self.frames.drain(..) {
             let len = left.min(self.frame_room);
@@ -255,63 +253,48 @@ impl Transmitter {
     }
 
     fn frames_for(&self, payload_len: usize) -> usize {
-        (HEADERS_LEN + payload_len).div_ceil(self.frame_room)
+        (HEADERS_BYTES + payload_len).div_ceil(self.frame_room)
     }
 
     /// Writes headers, payload and checksum into `self.frames`.
     fn write(&mut self, umem: &mut Umem, hop: &NextHop, meta: &TxMeta, payload: &[u8]) {
-        let pseudo =
-            pseudo_header_sum(&hop.src, meta.remote.ip(), (UDP_HEADER_LEN + payload.len()) as u32);
-        let (in_first, mut rest) =
-            payload.split_at(payload.len().min(self.frame_room - HEADERS_LEN));
         let fields = self.header_fields(hop, meta);
-        let (first, others) = self.frames.split_first_mut().expect("a packet has a frame");
-        // Chunks end on even offsets, save the last, so their sums simply add up.
-        const _: () = assert!(FRAME_OFFSET_BYTES % 2 == 0 && HEADERS_LEN % 2 == 0);
-        let mut payload_sum = 0;
+        let mut headers = [0; HEADERS_BYTES];
+        let headers_sum = write_headers(&mut headers, &fields, payload.len());
+        let mut sum = Accumulator::new(headers_sum);
         let offload = self.checksum_offload;
-        let mut fill = |target: &mut [u8], source: &[u8]| {
+        let mut copy = |target: &mut [u8], chunk: &[u8]| {
             if offload {
-                target.copy_from_slice(source);
+                target[..chunk.len()].copy_from_slice(chunk);
             } else {
-                payload_sum += copy_and_sum(target, source);
+                sum.copy(target, chunk);
             }
         };
+        let (chunk, mut rest) =
+            payload.split_at(payload.len().min(self.frame_room - HEADERS_BYTES));
+        let (first, others) = self.frames.split_first_mut().expect("a packet has a frame");
+        copy(&mut umem.bytes_mut(first)[FRAME_OFFSET_BYTES + HEADERS_BYTES..], chunk);
         for frame in others {
             let chunk;
             (chunk, rest) = rest.split_at(rest.len().min(self.frame_room));
-            let start = FRAME_OFFSET_BYTES;
-            fill(&mut umem.bytes_mut(frame)[start..start + chunk.len()], chunk);
+            copy(&mut umem.bytes_mut(frame)[FRAME_OFFSET_BYTES..], chunk);
         }
         debug_assert!(rest.is_empty(), "the frames were counted to hold the payload");
-        let bytes = umem.bytes_mut(first);
-        let (metadata, packet) = bytes.split_at_mut(FRAME_OFFSET_BYTES);
-        fill(&mut packet[HEADERS_LEN..HEADERS_LEN + in_first.len()], in_first);
-        let headers: &mut [u8; HEADERS_LEN] =
-            packet.first_chunk_mut().expect("a frame holds the headers");
-        write_headers(headers, &fields, payload.len());
+        let (metadata, packet) = umem.bytes_mut(first).split_at_mut(FRAME_OFFSET_BYTES);
         let checksum = if offload {
             let request = TxMetadata {
-                checksum_start: CHECKSUM_START as u16,
-                checksum_offset: CHECKSUM_OFFSET as u16,
+                checksum_start: udp::UDP_OFFSET_BYTES as u16,
+                checksum_offset: CHECKSUM_OFFSET_BYTES,
             };
             metadata[FRAME_OFFSET_BYTES - TxMetadata::LEN..].copy_from_slice(&request.to_bytes());
             // The device adds the rest to what stands in the field.
-            fold(pseudo)
+            let udp_len = (udp::HEADER_BYTES + payload.len()) as u16;
+            fold(pseudo_header(&fields.src, &fields.dst, udp_len))
         } else {
-            // The field counts as zero in its own sum; a sum of zero is sent as
-            // all ones, since zero means "none" (RFC 768).
-            match !fold(
-                pseudo
-                    + sum(&headers[CHECKSUM_START..CHECKSUM_START + CHECKSUM_OFFSET])
-                    + payload_sum,
-            ) {
-                0 => 0xffff,
-                checksum => checksum,
-            }
+            finish(sum.sum())
         };
-        let at = CHECKSUM_START + CHECKSUM_OFFSET;
-        headers[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
+        write_checksum(&mut headers, checksum);
+        packet[..HEADERS_BYTES].copy_from_slice(&headers);
     }
 
     fn header_fields(&self, hop: &NextHop, meta: &TxMeta) -> HeaderFields {
@@ -428,11 +411,11 @@ mod tests {
             let payload: Vec<u8> = (0..len).map(|i| (i * 13 + i / 256) as u8).collect();
             assert!(fixture.place(&payload));
             let (packet, options) = fixture.send();
-            let frames = (len + HEADERS_LEN).div_ceil(2048 - 64);
+            let frames = (len + HEADERS_BYTES).div_ceil(2048 - 64);
             let mut expected = vec![PACKET_CONTINUES; frames - 1];
             expected.push(0);
             assert_eq!(options, expected);
-            assert_eq!(packet[HEADERS_LEN..], payload[..]);
+            assert_eq!(packet[HEADERS_BYTES..], payload[..]);
             assert_eq!(naive_sum(&packet), 0xffff, "{len}");
         }
     }
@@ -465,7 +448,7 @@ mod tests {
         let covered = naive_sum(&with_zero);
         // What the device does: adds up from `checksum_start`, which includes the field.
         let mut sum = 0_u32;
-        for word in packet[CHECKSUM_START..].chunks(2) {
+        for word in packet[udp::UDP_OFFSET_BYTES..].chunks(2) {
             sum += u32::from(u16::from_be_bytes([word[0], *word.get(1).unwrap_or(&0)]));
             sum = (sum & 0xffff) + (sum >> 16);
         }
