@@ -167,8 +167,13 @@ impl Bbr {
             if self.bw_lo == u64::MAX {
                 self.bw_lo = self.max_bw.max();
             }
+            // A round with x % loss takes x % (§5.3.3.8.3). The rate was measured
+            // while pacing at 1 % below `bw`: without giving the margin back, each
+            // round would take one percent more, of a path that delivered all it got.
+            let offered = u64::from(100 - self.params.pacing_margin_percent);
+            let bw_latest = mul_div(self.congestion.bw_latest, 100, offered);
             let beta = self.params.beta_milli;
-            self.bw_lo = self.congestion.bw_latest.max(scale(self.bw_lo, beta));
+            self.bw_lo = bw_latest.max(scale(self.bw_lo, beta));
             self.inflight_lo =
                 self.congestion.inflight_latest.max(scale(self.inflight_lo, beta));
         }
