@@ -149,7 +149,8 @@ impl Bbr {
         let delivered = self.sampler.delivered - c.delivered_at_first_loss;
         c.loss_in_round
             && c.lost_ranges_in_round >= self.params.startup_full_loss_count
-            && c.lost_in_round > scale(c.lost_in_round + delivered, self.params.loss_thresh_milli)
+            && c.lost_in_round
+                > scale(c.lost_in_round + delivered, self.params.loss_thresh_milli)
     }
 
     /// `AdaptLowerBoundsFromCongestion`, `InitLowerBounds` and `LossLowerBounds`.
@@ -166,9 +167,15 @@ impl Bbr {
             if self.bw_lo == u64::MAX {
                 self.bw_lo = self.max_bw.max();
             }
+            // A round with x % loss takes x % (§5.3.3.8.3). The rate was measured
+            // while pacing at 1 % below `bw`: without giving the margin back, each
+            // round would take one percent more, of a path that delivered all it got.
+            let offered = u64::from(100 - self.params.pacing_margin_percent);
+            let bw_latest = mul_div(self.congestion.bw_latest, 100, offered);
             let beta = self.params.beta_milli;
-            self.bw_lo = self.congestion.bw_latest.max(scale(self.bw_lo, beta));
-            self.inflight_lo = self.congestion.inflight_latest.max(scale(self.inflight_lo, beta));
+            self.bw_lo = bw_latest.max(scale(self.bw_lo, beta));
+            self.inflight_lo =
+                self.congestion.inflight_latest.max(scale(self.inflight_lo, beta));
         }
         self.inflight_lo = self.inflight_lo.min(ecn_inflight_lo);
     }
