@@ -1,8 +1,10 @@
 //! Developer commands of STOQ: `cargo xtask --help`.
 #![deny(unsafe_code)]
 
+mod bench;
 mod cpu;
 mod demo;
+mod fuzz;
 mod interrupt;
 mod machine;
 mod netns;
@@ -11,6 +13,7 @@ mod proc;
 mod setup;
 mod stoq_cli;
 mod terminal;
+mod test;
 mod veth;
 mod workspace;
 
@@ -35,6 +38,14 @@ enum Cmd {
     Veth(veth::VethCmd),
     /// Install what the other commands need.
     Setup(setup::SetupArgs),
+    /// Run all tests and checks, and count them.
+    Test(test::TestArgs),
+    /// What continuous integration runs: `test --yes`.
+    Ci,
+    /// Run the property tests for longer.
+    Fuzz(fuzz::FuzzArgs),
+    /// Measure bulk transfers over a veth pair.
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +53,10 @@ fn main() -> ExitCode {
         Cmd::Demo(args) => demo::run(&args),
         Cmd::Veth(command) => veth::run(&command),
         Cmd::Setup(args) => setup::run(&args),
+        Cmd::Test(args) => test::run(&args),
+        Cmd::Ci => test::run(&test::TestArgs::ci()),
+        Cmd::Fuzz(args) => fuzz::run(&args),
+        Cmd::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

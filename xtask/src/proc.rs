@@ -5,7 +5,7 @@
 //! process of the group, the ones that the child started included.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -202,12 +202,32 @@ impl Finished {
 /// When it cannot be started, and with `Interrupted` after a signal; the
 /// command is ended before that returns.
 pub(crate) fn run_to_log(command: &mut Command, log: &Path, limit: Duration) -> Result<Finished> {
-    let mut file = append(log)?;
-    use std::io::Write as _;
-    writeln!(file, "$ {}", describe(command))
+    let stdout = append(log)?;
+    run_logged(command, stdout, log, limit)
+}
+
+/// Like [`run_to_log`], with standard output in a file of its own, which is emptied first.
+pub(crate) fn run_to_files(
+    command: &mut Command,
+    stdout: &Path,
+    log: &Path,
+    limit: Duration,
+) -> Result<Finished> {
+    let stdout =
+        File::create(stdout).with_context(|| format!("cannot create {}", stdout.display()))?;
+    run_logged(command, stdout, log, limit)
+}
+
+fn run_logged(
+    command: &mut Command,
+    stdout: File,
+    log: &Path,
+    limit: Duration,
+) -> Result<Finished> {
+    let mut stderr = append(log)?;
+    writeln!(stderr, "$ {}", describe(command))
         .with_context(|| format!("cannot write {}", log.display()))?;
-    let errors = file.try_clone().context("cannot duplicate the log's descriptor")?;
-    let mut group = Group::spawn(command.stdout(file).stderr(errors))?;
+    let mut group = Group::spawn(command.stdout(stdout).stderr(stderr))?;
     let deadline = Instant::now() + limit;
     loop {
         if let Some(status) = group.try_wait()? {

@@ -56,11 +56,6 @@ impl Terminal {
         Self { sink, is_terminal, colour, live_line: false, columns, reader_gone: false }
     }
 
-    /// Whether a live line is rewritten in place.
-    pub(crate) fn is_terminal(&self) -> bool {
-        self.is_terminal
-    }
-
     /// `text` in `tone`, when colours are on.
     pub(crate) fn paint(&self, tone: Tone, text: &str) -> String {
         if !self.colour {

@@ -35,7 +35,8 @@ case $command in
     serve)
         echo "$www" >"$cert"
         trap 'echo "{\"event\":\"stopped\",\"stats\":{\"xdp\":{\"redirected\":7}}}"; exit 0' TERM
-        echo "{\"event\":\"listening\",\"addr\":\"${listen%:0}$([[ $listen == *:0 ]] && echo :4433 || true)\",\"datapath\":\"socket\",\"mode\":\"fake\",\"queues\":1}"
+        [[ $listen != *:0 ]] || listen=${listen%:0}:4433
+        echo "{\"event\":\"listening\",\"addr\":\"$listen\",\"datapath\":\"socket\",\"mode\":\"fake\",\"queues\":1}"
         if [[ ${FAKE_STOQ:-} == die-server ]]; then
             sleep 0.5
             echo "fake server fails" >&2

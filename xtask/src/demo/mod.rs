@@ -102,6 +102,11 @@ pub(crate) fn run(args: &DemoArgs) -> Result<()> {
     Ok(())
 }
 
+/// Removes the scratch directories of demos that were killed.
+pub(crate) fn remove_stale_scratch() -> Result<Vec<PathBuf>> {
+    Scratch::remove_stale(&Workspace::load()?.target)
+}
+
 /// What is decided before anything is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Plan {
