@@ -49,17 +49,18 @@ enum Cmd {
 }
 
 fn main() -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
     let result = match Cli::parse().command {
-        Cmd::Demo(args) => demo::run(&args),
-        Cmd::Veth(command) => veth::run(&command),
-        Cmd::Setup(args) => setup::run(&args),
+        Cmd::Demo(args) => demo::run(&args).map(done),
+        Cmd::Veth(command) => veth::run(&command).map(done),
+        Cmd::Setup(args) => setup::run(&args).map(done),
         Cmd::Test(args) => test::run(&args),
         Cmd::Ci => test::run(&test::TestArgs::ci()),
-        Cmd::Fuzz(args) => fuzz::run(&args),
-        Cmd::Bench(args) => bench::run(&args),
+        Cmd::Fuzz(args) => fuzz::run(&args).map(done),
+        Cmd::Bench(args) => bench::run(&args).map(done),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             match error.downcast_ref::<interrupt::Interrupted>() {

@@ -227,7 +227,8 @@ fn run_logged(
     let mut stderr = append(log)?;
     writeln!(stderr, "$ {}", describe(command))
         .with_context(|| format!("cannot write {}", log.display()))?;
-    let mut group = Group::spawn(command.stdout(stdout).stderr(stderr))?;
+    command.env("CARGO_TERM_COLOR", "never").stdout(stdout).stderr(stderr);
+    let mut group = Group::spawn(command)?;
     let deadline = Instant::now() + limit;
     loop {
         if let Some(status) = group.try_wait()? {

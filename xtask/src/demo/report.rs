@@ -172,7 +172,7 @@ pub(crate) fn print_summary(terminal: &mut Terminal, report: &Report) {
     row("link", format!("MTU {mtu}, {queues} queue(s){napi}, {} cores", report.cores));
 }
 
-/// Counters in one line, zeros left out.
+/// Counters in one line by name, zeros left out.
 fn flat(counters: &Value) -> String {
     fn collect(prefix: &str, value: &Value, into: &mut Vec<String>) {
         match value {
@@ -188,6 +188,7 @@ fn flat(counters: &Value) -> String {
     }
     let mut words = Vec::new();
     collect("", counters, &mut words);
+    words.sort();
     if words.is_empty() { "all zero".into() } else { words.join(", ") }
 }
 

@@ -10,6 +10,7 @@ mod steps;
 pub(crate) mod tally;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -92,8 +93,9 @@ enum Verdict {
 /// Runs the steps.
 ///
 /// # Errors
-/// When a step failed, when root is missing, when a step's name is unknown.
-pub(crate) fn run(args: &TestArgs) -> Result<()> {
+/// When root is missing, when a step's name is unknown. A failed step is no
+/// error but an exit code, so that nothing is printed after the last line.
+pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     interrupt::install()?;
     for name in &args.only {
         if !STEPS.iter().any(|step| step.name == name) {
@@ -111,7 +113,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     };
     if args.list {
         list(&mut context);
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let selected: Vec<&Step> = STEPS
         .iter()
@@ -134,7 +136,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
             break;
         }
     }
-    finish(&mut context.terminal, &rows, args)
+    Ok(finish(&mut context.terminal, &rows, args))
 }
 
 fn run_step(context: &mut Context, step: &Step, args: &TestArgs) -> Result<Row> {
@@ -212,7 +214,7 @@ fn list(context: &mut Context) {
 }
 
 /// Prints the table and, last, the line that continuous integration reads.
-fn finish(terminal: &mut Terminal, rows: &[Row], args: &TestArgs) -> Result<()> {
+fn finish(terminal: &mut Terminal, rows: &[Row], args: &TestArgs) -> ExitCode {
     let mut total = Tally::default();
     terminal.line("");
     terminal.heading("step           verdict         time  test cases");
@@ -226,18 +228,17 @@ fn finish(terminal: &mut Terminal, rows: &[Row], args: &TestArgs) -> Result<()> 
     if args.unprivileged {
         terminal.warn("run without root: the veth, eBPF and AF_XDP steps did not run");
     }
-    terminal.line("");
-    terminal.line(&total.to_string());
     let failed: Vec<_> = rows
         .iter()
         .filter(|row| matches!(row.verdict, Verdict::Failed))
         .map(|row| row.name)
         .collect();
     if !failed.is_empty() {
-        bail!("failed: {}", failed.join(", "));
+        terminal.line(&terminal.paint(Tone::Bad, &format!("failed: {}", failed.join(", "))));
+    } else if total.passed == 0 {
+        terminal.line(&terminal.paint(Tone::Bad, "no test case ran"));
     }
-    if total.passed == 0 {
-        bail!("no test case ran");
-    }
-    Ok(())
+    terminal.line("");
+    terminal.line(&total.to_string());
+    if failed.is_empty() && total.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -211,7 +211,10 @@ fn setup(context: &mut Context, _: &Path) -> Result<Outcome> {
 }
 
 fn fmt(context: &mut Context, log: &Path) -> Result<Outcome> {
-    one_case(context.workspace.cargo().args(["fmt", "--all", "--check"]), log)
+    one_case(
+        context.workspace.cargo().args(["fmt", "--all", "--check", "--", "--color", "never"]),
+        log,
+    )
 }
 
 fn clippy(context: &mut Context, log: &Path) -> Result<Outcome> {
