@@ -8,13 +8,15 @@
 use crate::decode::{Decoded, Packet, decode};
 use crate::maps::{Counter, PortKey};
 
-/// What [`judge`] asks of the world around it.
+/// What [`judge`] asks of the maps.
 pub trait Tables {
     /// Whether the port map holds `key`.
     fn is_port_registered(&self, key: &PortKey) -> bool;
 
-    /// Whether an AF_XDP socket is set for the queue that the packet came in by.
-    fn has_socket(&self) -> bool;
+    /// Marks the packet for the AF_XDP socket of the queue that it came in by;
+    /// false where none is set. One helper call does both, so that the common
+    /// case costs one look-up. Asked last.
+    fn redirect(&self) -> bool;
 }
 
 /// The judgement.
@@ -77,7 +79,7 @@ pub fn judge<P: Packet + ?Sized, T: Tables>(packet: &P, tables: &T) -> Verdict {
     if !udp.has_checksum() {
         return Verdict::Pass(Counter::PassZeroChecksum);
     }
-    if !tables.has_socket() {
+    if !tables.redirect() {
         return Verdict::Pass(Counter::PassNoSocket);
     }
     Verdict::Redirect { packet_bytes }

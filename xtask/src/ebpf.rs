@@ -198,10 +198,12 @@ impl Toolchain {
     }
 
     fn find_debian() -> Result<Self> {
-        let libdir = output(
-            clean_environment(&mut Command::new("/usr/bin/rustc"))
-                .args(["--print", "target-libdir", "--target", TARGET]),
-        )
+        let libdir = output(clean_environment(&mut Command::new("/usr/bin/rustc")).args([
+            "--print",
+            "target-libdir",
+            "--target",
+            TARGET,
+        ]))
         .context("no /usr/bin/rustc that knows eBPF (Debian's rustc-web)")?;
         let has_core = fs::read_dir(libdir.trim()).is_ok_and(|mut entries| {
             entries.any(|entry| {
@@ -273,10 +275,8 @@ impl Toolchain {
 
 /// Flags of the compilation, in cargo's encoding.
 fn rustflags(root: &Path) -> OsString {
-    let cargo_home = std::env::var_os("CARGO_HOME").map_or_else(
-        || PathBuf::from(env_or("HOME", "/")).join(".cargo"),
-        PathBuf::from,
-    );
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map_or_else(|| PathBuf::from(env_or("HOME", "/")).join(".cargo"), PathBuf::from);
     let mut flags: Vec<OsString> = [
         // Picks register layouts for tracing programs; XDP has none, and one
         // value for all makes one object for all little-endian machines.
@@ -479,8 +479,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 
 fn write(path: &Path, contents: &[u8]) -> Result<()> {
     if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)
-            .with_context(|| format!("create {}", directory.display()))?;
+        fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
     }
     fs::write(path, contents).with_context(|| format!("write {}", path.display()))
 }

@@ -45,9 +45,7 @@ struct Tally {
 
 fn run() -> Result<Tally> {
     let object = match std::env::var_os("STOQ_XDP_OBJECT") {
-        Some(path) => {
-            std::fs::read(&path).with_context(|| format!("read {}", path.display()))?
-        }
+        Some(path) => std::fs::read(&path).with_context(|| format!("read {}", path.display()))?,
         None => XDP_OBJECT.to_vec(),
     };
     enter_network_namespace()?;
