@@ -1,0 +1,4 @@
+//! Shared by the integration tests; each test binary uses its own part of it.
+#![allow(dead_code, unreachable_pub)]
+
+pub mod netns;
