@@ -11,6 +11,10 @@
 //! [`transmit`](Datapath::transmit), so that the caller's scratch is free again
 //! when the call returns.
 
+pub mod io_uring;
+pub mod socket;
+pub mod udp_socket;
+
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
