@@ -1,0 +1,574 @@
+//! Hosts, links and the packets between them, in virtual time.
+//!
+//! ```text
+//! SimDatapath ─flush─▶ access hop ─▶ link, one direction ─▶ access hop ─▶ SimDatapath
+//!   (TX ring)           of sender     (shared queue)          of receiver   (RX queue)
+//! ```
+//!
+//! [`SimNetwork`] is a handle on one single-threaded network; [`SimDatapath`]s
+//! are its hosts' ports. Nothing here moves time: the event loop moves the
+//! [`SimClock`] to [`next_event`](SimNetwork::next_event) and calls
+//! [`advance`](SimNetwork::advance), which handles what is due, each event at
+//! its own time. The same calls with the same seed give the same events.
+
+use std::cell::{Ref, RefCell, RefMut};
+use std::net::{Ipv6Addr, SocketAddrV6};
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustc_hash::FxHashMap;
+
+use super::endpoint::{Endpoint, SimDatapath};
+use super::hop::Hop;
+use super::link::{LinkConfig, LinkConfigError, LinkCounters, LinkPlan, MTU_MAX};
+use super::log::{EventDigest, Fate, PacketEvent};
+use super::packet::{Event, EventQueue, HopId, PacketId, PacketPool, Path};
+use crate::clock::SimClock;
+
+/// The MTU of a host's interface unless set otherwise: Ethernet's.
+pub const INTERFACE_MTU_DEFAULT: u64 = 1500;
+
+/// Watches every packet event.
+pub type Tap = Box<dyn FnMut(&PacketEvent)>;
+/// Decides with the UDP payload at hand whether a packet enters the network.
+pub type Filter = Box<dyn FnMut(&PacketEvent, &[u8]) -> bool>;
+
+/// A set of hosts: the addresses that share the first `bits` bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefix {
+    address: Ipv6Addr,
+    bits: u8,
+}
+
+impl Prefix {
+    /// All hosts.
+    pub const ALL: Self = Self { address: Ipv6Addr::UNSPECIFIED, bits: 0 };
+
+    /// The addresses that share their first `bits` bits with `address`.
+    ///
+    /// # Panics
+    /// If `bits` is above 128.
+    #[must_use]
+    pub fn new(address: Ipv6Addr, bits: u8) -> Self {
+        assert!(bits <= 128, "an IPv6 prefix has at most 128 bits, not {bits}");
+        Self { address, bits }
+    }
+
+    /// Whether `address` is one of them.
+    #[must_use]
+    pub fn contains(&self, address: Ipv6Addr) -> bool {
+        let differing = self.address.to_bits() ^ address.to_bits();
+        self.bits == 0 || differing >> (128 - u32::from(self.bits)) == 0
+    }
+}
+
+impl From<Ipv6Addr> for Prefix {
+    /// One host.
+    fn from(address: Ipv6Addr) -> Self {
+        Self { address, bits: 128 }
+    }
+}
+
+/// Names a link of a [`SimNetwork`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkId(usize);
+
+/// Which way along a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From the first host set given to [`SimNetwork::add_link`] to the second.
+    Forward,
+    /// Back.
+    Reverse,
+}
+
+/// Names a [`SimDatapath`] of a [`SimNetwork`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct EndpointId(pub(super) u32);
+
+#[derive(Debug)]
+struct Link {
+    near: Prefix,
+    far: Prefix,
+    forward: HopId,
+    reverse: HopId,
+}
+
+/// A handle on an in-memory network; clones share it. See the [module documentation](self).
+#[derive(Clone)]
+pub struct SimNetwork {
+    inner: Rc<RefCell<Network>>,
+}
+
+impl SimNetwork {
+    /// An empty network on `clock` whose links draw their randomness from `seed`.
+    #[must_use]
+    pub fn new(clock: SimClock, seed: u64) -> Self {
+        Self { inner: Rc::new(RefCell::new(Network::new(clock, seed))) }
+    }
+
+    /// The seed, for messages about a run that failed.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.borrow().seed
+    }
+
+    /// Connects two sets of hosts. All packets of one direction share its queue.
+    /// Where several links fit a packet, the one added first carries it.
+    ///
+    /// # Errors
+    /// The first configuration key out of its range.
+    pub fn add_link(
+        &self,
+        near: impl Into<Prefix>,
+        far: impl Into<Prefix>,
+        forward: impl Into<LinkPlan>,
+        reverse: impl Into<LinkPlan>,
+    ) -> Result<LinkId, LinkConfigError> {
+        let mut inner = self.borrow_mut();
+        let forward = inner.add_hop(forward.into())?;
+        let reverse = inner.add_hop(reverse.into())?;
+        inner.links.push(Link { near: near.into(), far: far.into(), forward, reverse });
+        Ok(LinkId(inner.links.len() - 1))
+    }
+
+    /// Gives a host an access hop of its own, both ways, between it and every
+    /// link. Out of the host it is fed by the TX rings, whose slots stay
+    /// occupied until their packets have left: a slow access pushes back.
+    ///
+    /// # Errors
+    /// The first configuration key out of its range.
+    pub fn set_access(
+        &self,
+        host: Ipv6Addr,
+        rate_bps: u64,
+        delay_us: u64,
+    ) -> Result<(), LinkConfigError> {
+        let config = LinkConfig { rate_bps, delay_us, mtu: MTU_MAX, ..LinkConfig::default() };
+        let mut inner = self.borrow_mut();
+        let out = inner.add_hop(LinkPlan::constant(config.clone()))?;
+        let back = inner.add_hop(LinkPlan::constant(config))?;
+        inner.access.insert(host, (out, back));
+        Ok(())
+    }
+
+    /// Opens a port on a host. The port is free again when the datapath is dropped.
+    ///
+    /// # Panics
+    /// If the port is zero, the address unspecified, or both are in use.
+    #[must_use]
+    pub fn open(&self, address: SocketAddrV6) -> SimDatapath {
+        let id = self.borrow_mut().open(address);
+        SimDatapath::new(Rc::clone(&self.inner), id, address)
+    }
+
+    /// Changes the MTU of the interface beneath a port; its shard is told by
+    /// an event. The links have MTUs of their own, of which no host knows.
+    ///
+    /// # Panics
+    /// If the port is closed.
+    pub fn set_interface_mtu(&self, id: EndpointId, mtu: u64) {
+        self.borrow_mut().endpoint_mut(id).set_interface_mtu(mtu);
+    }
+
+    /// Changes how many datagrams the port's TX ring holds.
+    ///
+    /// # Panics
+    /// If the port is closed.
+    pub fn set_tx_ring_datagrams(&self, id: EndpointId, datagrams: usize) {
+        self.borrow_mut().endpoint_mut(id).set_tx_ring_datagrams(datagrams);
+    }
+
+    /// Replaces one direction of a link from now on; planned steps still come.
+    ///
+    /// # Errors
+    /// The first key out of its range; the link is then unchanged.
+    pub fn set_link(
+        &self,
+        link: LinkId,
+        direction: Direction,
+        config: LinkConfig,
+    ) -> Result<(), LinkConfigError> {
+        self.borrow_mut().set_link(link, direction, config)
+    }
+
+    /// The present configuration of one direction of a link.
+    #[must_use]
+    pub fn link_config(&self, link: LinkId, direction: Direction) -> LinkConfig {
+        let inner = self.borrow();
+        inner.hops[inner.hop_index(link, direction)].config().clone()
+    }
+
+    /// The counters of one direction of a link.
+    #[must_use]
+    pub fn link_counters(&self, link: LinkId, direction: Direction) -> LinkCounters {
+        let inner = self.borrow();
+        inner.hops[inner.hop_index(link, direction)].counters()
+    }
+
+    /// Rebinds a port's address translation, as a NAT does in mid-flow: what the
+    /// port that appears as `public` sends from now on appears to come from
+    /// `new_public`, and what is sent there reaches the port. What still arrives
+    /// for `public` is lost. `false` when no port appears as `public`.
+    ///
+    /// # Panics
+    /// If another port appears as `new_public`.
+    pub fn rebind(&self, public: SocketAddrV6, new_public: SocketAddrV6) -> bool {
+        self.borrow_mut().rebind(public, new_public)
+    }
+
+    /// Watches every packet event from now on; `None` stops it. The tap must not call the network.
+    pub fn set_tap(&self, tap: Option<Tap>) {
+        self.borrow_mut().tap = tap;
+    }
+
+    /// Decides for every packet whether it enters the network; `None` lets all
+    /// in. For tests that lose exactly the packets they mean. The filter must not call the network.
+    pub fn set_filter(&self, filter: Option<Filter>) {
+        self.borrow_mut().filter = filter;
+    }
+
+    /// Digest of all packet events so far: (virtual time, from, to, length, mark,
+    /// fate) of each. Equal for two runs exactly if they ran the same.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        self.borrow().digest.value()
+    }
+
+    /// Packets sent to an address that nobody has.
+    #[must_use]
+    pub fn unreachable(&self) -> u64 {
+        self.borrow().unreachable
+    }
+
+    /// Packets that are under way or wait to be received.
+    #[must_use]
+    pub fn packets_in_use(&self) -> usize {
+        self.borrow().packets.in_use()
+    }
+
+    /// Virtual time of the next event inside the network: a delivery, a packet
+    /// leaving a queue, a planned step. `None` when nothing is under way.
+    #[must_use]
+    pub fn next_event(&self) -> Option<Duration> {
+        self.borrow().events.next_ns().map(Duration::from_nanos)
+    }
+
+    /// Handles every event up to the clock's present, each at its own time.
+    pub fn advance(&self) {
+        self.borrow_mut().advance();
+    }
+
+    /// Whether the port was given something to do since the last call: a datagram,
+    /// room in its full TX ring, an event. A closed port never is.
+    pub(super) fn take_wake(&self, id: EndpointId) -> bool {
+        self.borrow_mut().endpoints[id.0 as usize].as_mut().is_some_and(Endpoint::take_wake)
+    }
+
+    /// Counts deliveries to any port, for nodes that name no port of their own.
+    pub(super) fn deliveries(&self) -> u64 {
+        self.borrow().deliveries
+    }
+
+    fn borrow(&self) -> Ref<'_, Network> {
+        self.inner.borrow()
+    }
+
+    fn borrow_mut(&self) -> RefMut<'_, Network> {
+        self.inner.borrow_mut()
+    }
+}
+
+impl std::fmt::Debug for SimNetwork {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let inner = self.borrow();
+        f.debug_struct("SimNetwork")
+            .field("seed", &inner.seed)
+            .field("links", &inner.links)
+            .field("packets_in_use", &inner.packets.in_use())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What all handles share.
+pub(super) struct Network {
+    seed: u64,
+    clock: SimClock,
+    hops: Vec<Hop>,
+    links: Vec<Link>,
+    access: FxHashMap<Ipv6Addr, (HopId, HopId)>,
+    endpoints: Vec<Option<Endpoint>>,
+    by_public: FxHashMap<(Ipv6Addr, u16), EndpointId>,
+    pub(super) packets: PacketPool,
+    events: EventQueue,
+    digest: EventDigest,
+    tap: Option<Tap>,
+    filter: Option<Filter>,
+    unreachable: u64,
+    deliveries: u64,
+}
+
+impl Network {
+    fn new(clock: SimClock, seed: u64) -> Self {
+        Self {
+            seed,
+            clock,
+            hops: Vec::new(),
+            links: Vec::new(),
+            access: FxHashMap::default(),
+            endpoints: Vec::new(),
+            by_public: FxHashMap::default(),
+            packets: PacketPool::default(),
+            events: EventQueue::default(),
+            digest: EventDigest::default(),
+            tap: None,
+            filter: None,
+            unreachable: 0,
+            deliveries: 0,
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.clock.elapsed().as_nanos()).expect("virtual time under 584 years")
+    }
+
+    fn add_hop(&mut self, plan: LinkPlan) -> Result<HopId, LinkConfigError> {
+        plan.initial.check()?;
+        for step in &plan.steps {
+            step.config.check()?;
+        }
+        assert!(
+            plan.steps.is_sorted_by_key(|step| step.at_ms),
+            "the steps of a LinkPlan are in order of time"
+        );
+        let id = HopId(u32::try_from(self.hops.len()).expect("under 2^32 hops"));
+        self.hops.push(Hop::new(id, self.seed, plan.initial, plan.steps, &mut self.events));
+        Ok(id)
+    }
+
+    fn open(&mut self, address: SocketAddrV6) -> EndpointId {
+        assert!(address.port() != 0, "{address}: a simulated port is never zero");
+        assert!(!address.ip().is_unspecified(), "{address}: a simulated host needs an address");
+        let id = EndpointId(u32::try_from(self.endpoints.len()).expect("under 2^32 ports"));
+        let taken = self.by_public.insert(key(&address), id);
+        assert!(taken.is_none(), "{address}: in use on this network");
+        self.endpoints.push(Some(Endpoint::new(address)));
+        id
+    }
+
+    pub(super) fn close(&mut self, id: EndpointId) {
+        let endpoint = self.endpoints[id.0 as usize].take().expect("closed once, by its datapath");
+        self.by_public.remove(&key(&endpoint.public));
+        for packet in endpoint.into_packets() {
+            self.packets.release(packet);
+        }
+    }
+
+    pub(super) fn endpoint(&self, id: EndpointId) -> &Endpoint {
+        self.endpoints[id.0 as usize].as_ref().expect("the port is open")
+    }
+
+    pub(super) fn endpoint_mut(&mut self, id: EndpointId) -> &mut Endpoint {
+        self.endpoints[id.0 as usize].as_mut().expect("the port is open")
+    }
+
+    /// A port together with the packets that it holds.
+    pub(super) fn endpoint_and_packets(
+        &mut self,
+        id: EndpointId,
+    ) -> (&mut Endpoint, &mut PacketPool) {
+        let endpoint = self.endpoints[id.0 as usize].as_mut().expect("the port is open");
+        (endpoint, &mut self.packets)
+    }
+
+    fn rebind(&mut self, public: SocketAddrV6, new_public: SocketAddrV6) -> bool {
+        let Some(id) = self.by_public.remove(&key(&public)) else {
+            return false;
+        };
+        let taken = self.by_public.insert(key(&new_public), id);
+        assert!(taken.is_none(), "{new_public}: in use on this network");
+        self.endpoint_mut(id).public = new_public;
+        true
+    }
+
+    fn hop_index(&self, link: LinkId, direction: Direction) -> usize {
+        let link = &self.links[link.0];
+        let hop = match direction {
+            Direction::Forward => link.forward,
+            Direction::Reverse => link.reverse,
+        };
+        hop.0 as usize
+    }
+
+    fn set_link(
+        &mut self,
+        link: LinkId,
+        direction: Direction,
+        config: LinkConfig,
+    ) -> Result<(), LinkConfigError> {
+        self.advance();
+        let now_ns = self.now_ns();
+        let hop = self.hop_index(link, direction);
+        let hop = &mut self.hops[hop];
+        let dropped = hop.set_config(now_ns, config, &mut self.packets, &mut self.events)?;
+        self.drop_all(now_ns, &dropped);
+        Ok(())
+    }
+
+    /// The hops from a host to an address, or `None` when no link connects them.
+    pub(super) fn route(&self, from: Ipv6Addr, to: &SocketAddrV6) -> Option<Path> {
+        // Behind address translation a host stays where it is.
+        let to = self.by_public.get(&key(to)).map_or(*to.ip(), |id| *self.endpoint(*id).local.ip());
+        let link = self.links.iter().find_map(|link| {
+            if link.near.contains(from) && link.far.contains(to) {
+                Some(link.forward)
+            } else if link.far.contains(from) && link.near.contains(to) {
+                Some(link.reverse)
+            } else {
+                None
+            }
+        })?;
+        if self.access.is_empty() {
+            return Some([None, Some(link), None]);
+        }
+        let out = self.access.get(&from).map(|(out, _)| *out);
+        let back = self.access.get(&to).map(|(_, back)| *back);
+        Some([out, Some(link), back])
+    }
+
+    /// Sends what a port accepted since its last flush.
+    pub(super) fn flush(&mut self, id: EndpointId) {
+        self.advance();
+        let now_ns = self.now_ns();
+        let mut pending = self.endpoint_mut(id).take_pending();
+        for packet in pending.drain(..) {
+            self.send(now_ns, id, packet);
+        }
+        self.endpoint_mut(id).give_back_pending(pending);
+    }
+
+    fn send(&mut self, now_ns: u64, id: EndpointId, packet: PacketId) {
+        self.record(now_ns, packet, Fate::Sent);
+        let event = self.packet_event(now_ns, packet, Fate::Sent);
+        if let Some(filter) = &mut self.filter
+            && !filter(&event, &self.packets[packet].payload)
+        {
+            return self.drop_one(now_ns, packet, Fate::DroppedFilter);
+        }
+        let path = self.packets[packet].path;
+        if path[0].is_some() {
+            self.packets[packet].ring_slot = Some(id);
+            self.endpoint_mut(id).occupy_ring_slot();
+        }
+        let first = path.iter().position(Option::is_some).expect("a path has a link");
+        self.packets[packet].stage = u8::try_from(first).expect("a path has three hops");
+        self.enter(now_ns, path[first].expect("just found"), packet);
+    }
+
+    fn advance(&mut self) {
+        let now_ns = self.now_ns();
+        while let Some((at_ns, event)) = self.events.pop_due(now_ns) {
+            self.handle(at_ns, event);
+        }
+    }
+
+    fn handle(&mut self, now_ns: u64, event: Event) {
+        let Self { hops, packets, events, .. } = self;
+        match event {
+            Event::Departure(hop) => {
+                let hop = &mut hops[hop.0 as usize];
+                let Some(departed) = hop.handle_departure(now_ns, packets, events) else {
+                    return;
+                };
+                self.free_ring_slot(departed.packet);
+                if let Some(fate) = departed.lost {
+                    self.drop_one(now_ns, departed.packet, fate);
+                }
+            }
+            Event::Release(hop) => hops[hop.0 as usize].handle_release(now_ns, packets, events),
+            Event::Arrival(hop, packet) => {
+                match hops[hop.0 as usize].handle_arrival(packets[packet].ip_bytes()) {
+                    Ok(()) => self.move_on(now_ns, packet),
+                    Err(fate) => self.drop_one(now_ns, packet, fate),
+                }
+            }
+            Event::Step(hop) => {
+                let dropped = hops[hop.0 as usize].handle_step(now_ns, packets, events);
+                self.drop_all(now_ns, &dropped);
+            }
+        }
+    }
+
+    /// From the end of one hop into the next, or to the receiver.
+    fn move_on(&mut self, now_ns: u64, packet: PacketId) {
+        match self.packets[packet].next_hop() {
+            Some(hop) => self.enter(now_ns, hop, packet),
+            None => self.deliver(now_ns, packet),
+        }
+    }
+
+    fn enter(&mut self, now_ns: u64, hop: HopId, packet: PacketId) {
+        let hop = &mut self.hops[hop.0 as usize];
+        if let Err(fate) = hop.handle_packet(now_ns, packet, &mut self.packets, &mut self.events) {
+            self.drop_one(now_ns, packet, fate);
+        }
+    }
+
+    fn deliver(&mut self, now_ns: u64, packet: PacketId) {
+        let Some(&id) = self.by_public.get(&key(&self.packets[packet].to)) else {
+            self.unreachable += 1;
+            return self.drop_one(now_ns, packet, Fate::DroppedUnreachable);
+        };
+        if !self.endpoint_mut(id).deliver(packet) {
+            return self.drop_one(now_ns, packet, Fate::DroppedOverrun);
+        }
+        self.deliveries += 1;
+        self.record(now_ns, packet, Fate::Delivered);
+    }
+
+    fn drop_all(&mut self, now_ns: u64, dropped: &[PacketId]) {
+        for &packet in dropped {
+            self.drop_one(now_ns, packet, Fate::DroppedDown);
+        }
+    }
+
+    fn drop_one(&mut self, now_ns: u64, packet: PacketId, fate: Fate) {
+        self.free_ring_slot(packet);
+        self.record(now_ns, packet, fate);
+        self.packets.release(packet);
+    }
+
+    /// The packet has left its sender's TX ring.
+    fn free_ring_slot(&mut self, packet: PacketId) {
+        if let Some(id) = self.packets[packet].ring_slot.take()
+            && let Some(endpoint) = &mut self.endpoints[id.0 as usize]
+        {
+            endpoint.free_ring_slot();
+        }
+    }
+
+    fn packet_event(&self, now_ns: u64, packet: PacketId, fate: Fate) -> PacketEvent {
+        let packet = &self.packets[packet];
+        PacketEvent {
+            at: Duration::from_nanos(now_ns),
+            from: packet.from,
+            to: packet.to,
+            ecn: packet.ecn,
+            payload_bytes: packet.payload.len(),
+            fate,
+        }
+    }
+
+    fn record(&mut self, now_ns: u64, packet: PacketId, fate: Fate) {
+        let event = self.packet_event(now_ns, packet, fate);
+        self.digest.absorb(now_ns, &event);
+        if let Some(tap) = &mut self.tap {
+            tap(&event);
+        }
+    }
+}
+
+/// What tells ports apart: flow label and scope do not.
+fn key(address: &SocketAddrV6) -> (Ipv6Addr, u16) {
+    (*address.ip(), address.port())
+}
