@@ -11,8 +11,9 @@ use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use super::fabric::Network;
 use super::link::{HEADER_BYTES, MTU_MAX, MTU_MIN};
-use super::network::{EndpointId, INTERFACE_MTU_DEFAULT, Network};
+use super::network::{EndpointId, INTERFACE_MTU_DEFAULT};
 use super::packet::PacketId;
 use crate::datapath::{
     Capabilities, Datapath, DatapathCounters, DatapathEvent, DatapathKind, RxBatch, TxDrop, TxMeta,

@@ -15,13 +15,16 @@ use std::collections::VecDeque;
 use super::link::{LinkConfig, LinkConfigError, LinkCounters, LinkStep};
 use super::log::Fate;
 use super::packet::{Event, EventQueue, HopId, PacketId, PacketPool};
-use super::rng::{Probability, SimRng};
+use super::policer::Policer;
+use super::rng::SimRng;
+use super::wire::Wire;
 use crate::datapath::Ecn;
 
-const NS_PER_US: u64 = 1_000;
+/// Nanoseconds in a microsecond.
+pub(super) const NS_PER_US: u64 = 1_000;
 const NS_PER_MS: u64 = 1_000_000;
 /// Bit-nanoseconds in a byte at 1 bit/s: what makes times of whole bytes integers.
-const BIT_NS_PER_BYTE: u64 = 8_000_000_000;
+pub(super) const BIT_NS_PER_BYTE: u64 = 8_000_000_000;
 
 /// A packet that waits or is being transmitted.
 #[derive(Debug, Clone, Copy)]
@@ -306,158 +309,5 @@ impl Hop {
             *ecn = Ecn::Ce;
             self.counters.marked_ce += 1;
         }
-    }
-}
-
-/// What happens to a packet between the transmitter and the far end.
-#[derive(Debug)]
-struct Wire {
-    loss: Probability,
-    loss_every: u64,
-    reorder: Probability,
-    reorder_ns: u64,
-    duplicate: Probability,
-    corrupt: Probability,
-    delay_ns: u64,
-    jitter_ns: u64,
-    rng: SimRng,
-    /// Packets since `loss_every` lost one.
-    since_loss: u64,
-    /// When the last packet that was not reordered arrives.
-    last_arrival_ns: u64,
-}
-
-impl Wire {
-    fn new(config: &LinkConfig, rng: SimRng) -> Self {
-        let mut wire = Self {
-            loss: Probability::NEVER,
-            loss_every: 0,
-            reorder: Probability::NEVER,
-            reorder_ns: 0,
-            duplicate: Probability::NEVER,
-            corrupt: Probability::NEVER,
-            delay_ns: 0,
-            jitter_ns: 0,
-            rng,
-            since_loss: 0,
-            last_arrival_ns: 0,
-        };
-        wire.reconfigure(config);
-        wire
-    }
-
-    fn reconfigure(&mut self, config: &LinkConfig) {
-        self.loss = Probability::new(config.loss);
-        self.loss_every = config.loss_every;
-        self.reorder = Probability::new(config.reorder);
-        self.reorder_ns = config.reorder_us * NS_PER_US;
-        self.duplicate = Probability::new(config.duplicate);
-        self.corrupt = Probability::new(config.corrupt);
-        self.delay_ns = config.delay_us * NS_PER_US;
-        self.jitter_ns = config.jitter_us * NS_PER_US;
-    }
-
-    fn loses(&mut self) -> bool {
-        if self.loss_every > 0 {
-            self.since_loss += 1;
-            if self.since_loss >= self.loss_every {
-                self.since_loss = 0;
-                return true;
-            }
-        }
-        self.rng.chance(self.loss)
-    }
-
-    /// Plans when the packet, and its copy if it gets one, comes out.
-    fn carry(
-        &mut self,
-        now_ns: u64,
-        hop: HopId,
-        packet: PacketId,
-        counters: &mut LinkCounters,
-        packets: &mut PacketPool,
-        events: &mut EventQueue,
-    ) {
-        if self.rng.chance(self.corrupt) && self.flip_one_bit(&mut packets[packet].payload) {
-            counters.corrupted += 1;
-        }
-        let jitter_ns = if self.jitter_ns > 0 { self.rng.up_to(self.jitter_ns) } else { 0 };
-        let mut arrival_ns = (now_ns + self.delay_ns + jitter_ns).max(self.last_arrival_ns);
-        if self.rng.chance(self.reorder) {
-            arrival_ns += self.reorder_ns;
-            counters.reordered += 1;
-        } else {
-            self.last_arrival_ns = arrival_ns;
-        }
-        events.plan(arrival_ns, Event::Arrival(hop, packet));
-        if self.rng.chance(self.duplicate) {
-            let copy = packets.duplicate(packet);
-            events.plan(arrival_ns, Event::Arrival(hop, copy));
-            counters.duplicated += 1;
-        }
-    }
-
-    fn flip_one_bit(&mut self, payload: &mut [u8]) -> bool {
-        let Some(last_bit) = (payload.len() as u64 * 8).checked_sub(1) else {
-            return false;
-        };
-        let bit = self.rng.up_to(last_bit) as usize;
-        payload[bit / 8] ^= 1 << (bit % 8);
-        true
-    }
-}
-
-/// A token bucket that drops what exceeds it. Tokens count bit-nanoseconds, so
-/// that refilling is exact at every rate.
-#[derive(Debug)]
-struct Policer {
-    rate_bps: u64,
-    bucket: u128,
-    tokens: u128,
-    refilled_ns: u64,
-}
-
-impl Policer {
-    fn new(config: &LinkConfig) -> Self {
-        Self {
-            rate_bps: config.policer_rate_bps,
-            bucket: Self::scaled(config.policer_bucket_bytes),
-            tokens: Self::scaled(config.policer_initial_bytes),
-            refilled_ns: 0,
-        }
-    }
-
-    fn scaled(bytes: u64) -> u128 {
-        u128::from(bytes) * u128::from(BIT_NS_PER_BYTE)
-    }
-
-    /// Keeps the tokens, but a policer that was off begins with the initial ones.
-    fn reconfigure(&mut self, now_ns: u64, old: &LinkConfig, new: &LinkConfig) {
-        self.refill(now_ns);
-        self.rate_bps = new.policer_rate_bps;
-        self.bucket = Self::scaled(new.policer_bucket_bytes);
-        if old.policer_rate_bps == 0 {
-            self.tokens = Self::scaled(new.policer_initial_bytes);
-        }
-        self.tokens = self.tokens.min(self.bucket);
-    }
-
-    fn refill(&mut self, now_ns: u64) {
-        let elapsed_ns = now_ns - self.refilled_ns;
-        self.refilled_ns = now_ns;
-        let earned = u128::from(elapsed_ns) * u128::from(self.rate_bps);
-        self.tokens = (self.tokens + earned).min(self.bucket);
-    }
-
-    fn admits(&mut self, now_ns: u64, bytes: u64) -> bool {
-        if self.rate_bps == 0 {
-            return true;
-        }
-        self.refill(now_ns);
-        let Some(left) = self.tokens.checked_sub(Self::scaled(bytes)) else {
-            return false;
-        };
-        self.tokens = left;
-        true
     }
 }

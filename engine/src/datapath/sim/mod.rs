@@ -14,12 +14,14 @@
 
 mod endpoint;
 mod event_loop;
+mod fabric;
 mod hop;
 pub mod link;
 mod log;
 mod network;
 mod packet;
 pub mod plot;
+mod policer;
 mod result;
 mod rng;
 pub mod scenario;
@@ -27,6 +29,7 @@ pub mod scenario;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod wire;
 
 pub use endpoint::{RX_QUEUE_DATAGRAMS_MAX, SimDatapath, TX_RING_DATAGRAMS};
 pub use event_loop::{RunEnd, SimNode, TURN_WINDOW, TURNS_PER_WINDOW_MAX, run, run_while};
