@@ -268,7 +268,6 @@ impl Network {
     }
 
     fn drop_one(&mut self, now_ns: u64, packet: PacketId, fate: Fate) {
-        self.free_ring_slot(packet);
         self.record(now_ns, packet, fate);
         self.packets.release(packet);
     }

@@ -105,8 +105,8 @@ impl PacketPool {
         let packet = &mut self[id];
         assert!(packet.in_use, "packet released twice");
         packet.in_use = false;
+        assert!(packet.ring_slot.is_none(), "packet released from within a TX ring");
         packet.payload.clear();
-        packet.ring_slot = None;
         packet.stage = 0;
         self.free.push(id);
     }
@@ -194,7 +194,8 @@ mod tests {
         pool[id].ring_slot = Some(EndpointId(3));
         let copy = pool.duplicate(id);
         assert_eq!(pool[copy].payload, pool[id].payload);
-        assert_eq!(pool[copy].ring_slot, None);
+        assert_eq!(pool[copy].ring_slot.take(), None);
+        assert_eq!(pool[id].ring_slot.take(), Some(EndpointId(3)));
         assert_eq!(pool.in_use(), 2);
         pool.release(id);
         let again = pool.take();
