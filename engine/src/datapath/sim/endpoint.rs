@@ -136,7 +136,7 @@ impl Endpoint {
     }
 }
 
-/// A port of a simulated host. See the [module documentation](self).
+/// A port of a simulated host: what a shard drives in the simulator.
 pub struct SimDatapath {
     network: Rc<RefCell<Network>>,
     id: EndpointId,

@@ -83,7 +83,7 @@ pub enum Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EndpointId(pub(super) u32);
 
-/// A handle on an in-memory network; clones share it. See the [module documentation](self).
+/// A handle on an in-memory network; clones share it.
 #[derive(Clone)]
 pub struct SimNetwork {
     inner: Rc<RefCell<Network>>,
