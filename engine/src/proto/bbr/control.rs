@@ -166,8 +166,7 @@ impl Bbr {
 
     /// `SaveCwnd`: the last window not reduced by recovery or ProbeRTT.
     pub(super) fn save_cwnd(&mut self) {
-        let reduced =
-            self.congestion.recovery_start_ns.is_some() || self.state == State::ProbeRtt;
+        let reduced = self.congestion.recovery_start_ns.is_some() || self.state == State::ProbeRtt;
         self.prior_cwnd = if reduced { self.prior_cwnd.max(self.cwnd) } else { self.cwnd };
     }
 

@@ -32,8 +32,15 @@ pub(super) enum Resume {
     /// Nothing remembered, or done with it.
     Off,
     Reconnaissance(ResumeSeed),
-    Unvalidated { started_ns: u64, jump: u64, pipe: u64 },
-    Validating { last_sent_ns: u64, pipe: u64 },
+    Unvalidated {
+        started_ns: u64,
+        jump: u64,
+        pipe: u64,
+    },
+    Validating {
+        last_sent_ns: u64,
+        pipe: u64,
+    },
 }
 
 impl Resume {

@@ -308,9 +308,8 @@ impl Sampler {
     /// A live record with this send time: after the last hit, at the front, or by
     /// binary search.
     fn find(&self, sent_ns: u64) -> Option<usize> {
-        let is_it = |i: usize| {
-            self.ring.get(i).is_some_and(|p| p.sent_ns == sent_ns && p.bytes != 0)
-        };
+        let is_it =
+            |i: usize| self.ring.get(i).is_some_and(|p| p.sent_ns == sent_ns && p.bytes != 0);
         if is_it(self.hint) {
             return Some(self.hint);
         }
@@ -394,7 +393,11 @@ mod tests {
         }
         let sample = sampler.finish_ack(60 * MS, 0);
         assert_eq!(sample.newly_acked, 12_000);
-        assert_eq!(sample.rtt_ns, 41 * MS, "trap 10: of the packet sent last, from its real send time");
+        assert_eq!(
+            sample.rtt_ns,
+            41 * MS,
+            "trap 10: of the packet sent last, from its real send time"
+        );
         assert_eq!(sample.delivery_rate, model::rate(12_000, 50 * MS));
         assert_eq!(sample.tx_in_flight, 12_000);
         assert!(sampler.ring.is_empty() && sampler.is_pipe_empty(SMSS));

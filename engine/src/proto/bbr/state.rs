@@ -311,8 +311,13 @@ impl Bbr {
         self.raise_inflight_hi_slope();
     }
 
-    /// `IsTimeToProbeBW`.
+    /// `IsTimeToProbeBW`, not before the feedback of the last probe is in: the
+    /// bandwidth filter advances at its end, and on a path whose round trip is
+    /// longer than the wait, or whose BDP is a packet, it would never advance.
     fn start_refill_if_time(&mut self, now_ns: u64) -> bool {
+        if self.cycle.ack_phase == AckPhase::ProbeStopping {
+            return false;
+        }
         let waited = now_ns > self.cycle.stamp_ns.saturating_add(self.cycle.wait_ns);
         if waited || self.is_reno_coexistence_time() {
             self.start_probe_refill();
@@ -362,8 +367,7 @@ impl Bbr {
         let elapsed = now_ns > self.cycle.stamp_ns.saturating_add(self.min_rtt.min_rtt_ns);
         // Within a packet: on a tiny path the target is the window itself, which
         // in-flight touches but never passes.
-        let target =
-            self.inflight_for(self.max_bw.max(), self.params.probe_up_pacing_gain_milli);
+        let target = self.inflight_for(self.max_bw.max(), self.params.probe_up_pacing_gain_milli);
         elapsed && in_flight + self.smss > target
     }
 
@@ -474,10 +478,8 @@ impl Bbr {
             if self.in_flight() <= self.probe_rtt_cwnd() {
                 let duration = self.params.probe_rtt_duration.as_nanos();
                 let duration = u64::try_from(duration).unwrap_or(u64::MAX);
-                self.probe_rtt = ProbeRtt {
-                    done_ns: Some(now_ns.saturating_add(duration)),
-                    round_done: false,
-                };
+                self.probe_rtt =
+                    ProbeRtt { done_ns: Some(now_ns.saturating_add(duration)), round_done: false };
                 self.start_round();
             }
             return;
