@@ -341,8 +341,13 @@ impl Bbr {
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         let is_first = self.min_rtt.min_rtt_ns == u64::MAX;
         let rtt_ns = rs.has_data.then_some(rs.rtt_ns);
-        let interval = ns(self.params.probe_rtt_interval);
-        let window = ns(self.params.min_rtt_filter);
+        // The five seconds bound ProbeRTT's cost to 2 % if an episode is short. With
+        // round trips of a second and more (a queue behind a link that has become
+        // slow) it is not: ProbeRTT would follow ProbeRTT, no probing cycle would end
+        // and `max_bw` would never forget the faster link.
+        let slow = if is_first { 0 } else { self.min_rtt.min_rtt_ns.saturating_mul(8) };
+        let interval = ns(self.params.probe_rtt_interval).max(slow);
+        let window = ns(self.params.min_rtt_filter).max(2 * interval);
         self.min_rtt.update(now_ns, rtt_ns, interval, window);
         if is_first && rtt_ns.is_some() {
             self.init_pacing_rate(rtt_ns);
