@@ -23,9 +23,12 @@
 //!
 //! A frame changes hands in the ledger when it is written to or read from a ring;
 //! the kernel learns of it at the next `commit`, which is later and therefore safe.
-//! Fill and TX are ours to produce, RX and completion ours to consume. The fill
-//! ring has an entry for every frame of the receive side, so it can never be full
-//! when a frame goes back.
+//! Fill and TX are ours to produce, RX and completion ours to consume.
+//!
+//! The fill ring has two entries for every frame of the receive side, so it can
+//! never be full when a frame goes back. One would not do: the kernel's copy mode
+//! publishes a batch of packets on the RX ring first and gives back the fill
+//! entries of that batch after (`xsk_flush`), and a fast receiver is in between.
 
 use crate::sys::cursor::{Consumer, Producer};
 use crate::sys::xsk::{Descriptor, MappedRings, PACKET_CONTINUES};
@@ -62,9 +65,9 @@ impl Rings {
     /// Gives a frame to the kernel to receive into, with the next [`commit_fill`](Self::commit_fill).
     ///
     /// # Panics
-    /// If the fill ring is full: it has an entry for every receive frame.
+    /// If the fill ring is full: it has two entries for every receive frame.
     pub(super) fn push_fill(&mut self, umem: &mut Umem, frame: Frame) {
-        assert!(self.fill.room(1) > 0, "the fill ring holds every receive frame");
+        assert!(self.fill.room(1) > 0, "the fill ring has two entries for every receive frame");
         self.fill.push(umem.to_fill(frame));
     }
 
@@ -302,6 +305,28 @@ mod tests {
         let frame = umem.take().expect("free");
         rings.push_fill(&mut umem, frame);
         assert!(rings.commit_fill());
+    }
+
+    #[test]
+    fn frames_go_back_before_the_kernel_gives_up_their_fill_entries() {
+        let mut umem = Umem::new(2048, 4).expect("memory");
+        let (mut rings, mut kernel) = rings(SIZES, 0);
+        fill_all(&mut rings, &mut umem, 4);
+        for _ in 0..10 {
+            // A batch of all frames, published before the fill entries are released.
+            while let Some(addr) = kernel.fill.pop() {
+                kernel.rx.push(Descriptor { addr: addr + 256, len: 1, options: 0 });
+            }
+            kernel.rx.commit();
+            while let Some(fragment) = rings.pop_rx(&mut umem) {
+                rings.push_fill(&mut umem, fragment.frame);
+            }
+            rings.release_rx();
+            rings.commit_fill();
+            kernel.fill.release();
+            assert_eq!(kernel.rx.room(4), 4);
+            umem.assert_conserved(0);
+        }
     }
 
     #[test]
