@@ -657,7 +657,13 @@ fn a_device_that_is_gone_is_told() {
     let event = left.event(|event| matches!(event, DatapathEvent::Failed(_)));
     let DatapathEvent::Failed(text) = event else { panic!("just matched") };
     assert!(text.contains("queue 0 of interface veth0"), "{text}");
-    assert_ne!(left.transmit(at(RIGHT), b"x"), TxVerdict::Accepted);
+    assert_eq!(left.transmit(at(RIGHT), b"x"), TxVerdict::Dropped(TxDrop::Io));
+    assert_eq!(left.datapath.counters().tx_drop_io, 1);
+    // A failed datapath does not turn its shard into a busy loop.
+    let wake = eventfd(0, EventfdFlags::empty()).expect("an eventfd");
+    let start = Instant::now();
+    left.datapath.wait(wake.as_fd(), Some(Duration::from_millis(50))).expect("poll works");
+    assert!(start.elapsed() >= Duration::from_millis(50));
 }
 
 /// Prints the one-way throughput between two threads:

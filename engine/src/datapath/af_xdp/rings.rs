@@ -68,7 +68,7 @@ impl Rings {
     /// If the fill ring is full: it has two entries for every receive frame.
     pub(super) fn push_fill(&mut self, umem: &mut Umem, frame: Frame) {
         assert!(self.fill.room(1) > 0, "the fill ring has two entries for every receive frame");
-        self.fill.push(umem.to_fill(frame));
+        self.fill.push(umem.give_to_fill(frame));
     }
 
     /// Publishes the frames given; whether the kernel must be woken to see them.
@@ -79,7 +79,7 @@ impl Rings {
     /// The next fragment received.
     pub(super) fn pop_rx(&mut self, umem: &mut Umem) -> Option<RxFragment> {
         let descriptor = self.rx.pop()?;
-        let (frame, offset) = umem.from_rx(descriptor.addr);
+        let (frame, offset) = umem.take_from_rx(descriptor.addr);
         assert!(
             offset.checked_add(descriptor.len).is_some_and(|end| end <= umem.frame_size_bytes()),
             "received packet exceeds its frame: {descriptor:?}"
@@ -132,7 +132,7 @@ impl Rings {
         options: u32,
     ) {
         assert!(offset + len <= umem.frame_size_bytes(), "sent packet exceeds its frame");
-        let addr = umem.to_tx(frame) + u64::from(offset);
+        let addr = umem.give_to_tx(frame) + u64::from(offset);
         self.tx.push(Descriptor { addr, len, options });
     }
 
@@ -153,7 +153,7 @@ impl Rings {
 }
 
 /// The kernel's ends of the four rings, in memory: what the tests use for a device.
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 pub(super) mod kernel_end {
     use super::*;
     use crate::sys::cursor::ring_in_memory;
