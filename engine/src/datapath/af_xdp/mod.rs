@@ -8,12 +8,12 @@
 //! ```
 //! * [`open_interface`] opens one [`AfXdp`] per queue; all share one attached
 //!   [`XdpProgram`](program::XdpProgram), which leaves the interface with the last of them.
-//! * [`rings`] says who owns which frame when; [`receive`] and [`transmit`] move
-//!   packets; [`socket`] binds; [`slow_path`] holds the port.
+//! * `rings` says who owns which frame when; `receive` and `transmit` move
+//!   packets; `socket` binds; `slow_path` holds the port.
 //! * Nothing on the packet path allocates, locks or logs; the exceptions are
-//!   datagrams that wait for a neighbour ([`pending`]).
+//!   datagrams that wait for a neighbour (`pending`).
 //!
-//! Lowest kernel: 5.11. Multi-buffer packets 6.6, checksum offload 6.8.
+//! Lowest kernel: 5.18, for the program (`xdp.frags`). Multi-buffer packets 6.6, checksum offload 6.8.
 
 mod error;
 mod limits;
