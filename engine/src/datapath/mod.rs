@@ -11,6 +11,8 @@
 //! [`transmit`](Datapath::transmit), so that the caller's scratch is free again
 //! when the call returns.
 
+pub mod af_xdp;
+
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};

@@ -1,0 +1,3 @@
+//! The AF_XDP datapath.
+
+pub mod program;
