@@ -1,1 +1,48 @@
-fn main() {}
+//! `stoq`: serve, fetch and measure with the STOQ engine.
+
+mod client;
+mod cpu;
+mod engine;
+mod get;
+mod hq;
+mod output;
+mod perf;
+mod serve;
+mod tls;
+
+use clap::{Parser, Subcommand};
+
+/// QUIC over AF_XDP, io_uring or sockets, IPv6 only.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve files (hq-interop) and the perf protocol.
+    Serve(serve::Args),
+    /// Fetch files by hq-interop.
+    Get(get::Args),
+    /// Measure.
+    Perf(perf::Args),
+}
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    output::init_logging();
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Get(args) => get::run(&args),
+        Command::Perf(args) => perf::run(args),
+    };
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stoq: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

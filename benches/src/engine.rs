@@ -1,0 +1,142 @@
+//! The flags that every command shares, and the engine that they describe.
+
+use std::net::SocketAddrV6;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use stoq::config::{CongestionControl, TransportConfig};
+use stoq::datapath::choice::DatapathChoice;
+use stoq::engine::{Engine, ShardStats};
+
+/// Flags of the transport.
+#[derive(Args, Clone, Debug)]
+pub struct TransportArgs {
+    /// Datapath: auto, af_xdp, io_uring or socket.
+    #[arg(long, default_value = "auto")]
+    pub datapath: DatapathChoice,
+    /// Interface, for AF_XDP.
+    #[arg(long)]
+    pub iface: Option<String>,
+    /// Shards; with AF_XDP one per device queue.
+    #[arg(long, default_value_t = 1)]
+    pub queues: usize,
+    /// First device queue.
+    #[arg(long, default_value_t = 0)]
+    pub first_queue: u32,
+    /// Cores for the shards, comma-separated.
+    #[arg(long, value_delimiter = ',')]
+    pub cores: Vec<usize>,
+    /// Congestion control: bbr2, bbr3, cubic or newreno.
+    #[arg(long, default_value = "bbr2")]
+    pub cc: CongestionControl,
+    /// Largest UDP payload, bytes; 0: what the interface carries.
+    #[arg(long, default_value_t = 0)]
+    pub udp_payload: u16,
+    /// Time to spin without work before sleeping, µs.
+    #[arg(long)]
+    pub spin_us: Option<u64>,
+    /// Allow AF_XDP in generic (SKB) mode.
+    #[arg(long)]
+    pub allow_skb: bool,
+    /// Refuse AF_XDP without zero-copy.
+    #[arg(long)]
+    pub zero_copy: bool,
+    /// Write one qlog file per connection into this directory.
+    #[arg(long)]
+    pub qlog_dir: Option<PathBuf>,
+    /// A TOML file with the engine's settings; flags win.
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+    /// One JSON object a line on stdout.
+    #[arg(long)]
+    pub json: bool,
+    /// End when the parent process ends.
+    #[arg(long, hide = true)]
+    pub die_with_parent: bool,
+}
+
+impl TransportArgs {
+    /// The engine's settings, bound to `bind`.
+    pub fn transport(&self, bind: SocketAddrV6) -> anyhow::Result<TransportConfig> {
+        let mut config = match &self.config {
+            None => TransportConfig::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("reading {}", path.display()))?;
+                TransportConfig::from_toml(&text)
+                    .map_err(anyhow::Error::msg)
+                    .with_context(|| path.display().to_string())?
+            }
+        };
+        config.bind = bind;
+        config.datapath = self.datapath;
+        if self.iface.is_some() {
+            config.interface.clone_from(&self.iface);
+        }
+        config.shards = self.queues;
+        config.first_queue = self.first_queue;
+        config.cores.clone_from(&self.cores);
+        config.congestion_control = self.cc;
+        if self.udp_payload != 0 {
+            config.mtu_upper_bound_bytes = self.udp_payload;
+        }
+        if let Some(spin_us) = self.spin_us {
+            config.spin_us = spin_us;
+        }
+        config.allow_skb_mode |= self.allow_skb;
+        config.require_zero_copy |= self.zero_copy;
+        if self.qlog_dir.is_some() {
+            config.qlog_dir.clone_from(&self.qlog_dir);
+        }
+        Ok(config)
+    }
+
+    /// Ends this process with its parent, when asked to.
+    pub fn tie_to_parent(&self) -> anyhow::Result<()> {
+        if self.die_with_parent {
+            let signal = rustix::process::Signal::TERM;
+            rustix::process::set_parent_process_death_signal(Some(signal))
+                .context("prctl(PR_SET_PDEATHSIG)")?;
+        }
+        Ok(())
+    }
+}
+
+/// The words for what carries an engine: datapath and mode of its first shard.
+pub fn datapath_words(engine: &Engine) -> (String, String) {
+    engine.datapaths().first().map_or_else(Default::default, |capabilities| {
+        (capabilities.kind.name().to_owned(), capabilities.mode.clone())
+    })
+}
+
+/// The XDP program's counters as a JSON object, `null` where no program runs.
+pub fn xdp_json(engine: &Engine) -> anyhow::Result<serde_json::Value> {
+    let Some(counters) = engine.xdp_counters() else { return Ok(serde_json::Value::Null) };
+    let counters = counters.map_err(anyhow::Error::msg).context("reading the XDP counters")?;
+    Ok(counters.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect())
+}
+
+/// Shard and datapath counters summed over the shards, as a JSON object.
+pub fn stats_json(stats: &[ShardStats]) -> serde_json::Value {
+    let mut sum = serde_json::Map::new();
+    for stats in stats {
+        for (name, value) in stats.shard.iter().chain(stats.datapath.iter()) {
+            let entry = sum.entry(name).or_insert_with(|| 0u64.into());
+            *entry = (entry.as_u64().unwrap_or(0) + value).into();
+        }
+    }
+    sum.into()
+}
+
+/// Share of the time since `before` that each shard was busy, 0 to 1.
+pub fn busy_shares(before: &[ShardStats], now: &[ShardStats], seconds: f64) -> Vec<f64> {
+    before
+        .iter()
+        .zip(now)
+        .map(|(before, now)| {
+            let busy_ns = now.shard.busy_ns - before.shard.busy_ns;
+            (busy_ns as f64 / 1e9 / seconds).min(1.0)
+        })
+        .collect()
+}

@@ -1,0 +1,33 @@
+//! `stoq perf`: measurements, by the protocol of draft-banks-quic-performance-00 where there is QUIC.
+
+pub mod bulk;
+pub mod raw;
+pub mod server;
+
+use clap::Subcommand;
+
+/// Flags of `stoq perf`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    workload: Workload,
+}
+
+#[derive(Subcommand)]
+enum Workload {
+    /// Bulk from here to the server.
+    Upload(bulk::Args),
+    /// Bulk from the server to here.
+    Download(bulk::Args),
+    /// Frames through the datapath with no QUIC: the ceiling.
+    Raw(raw::Args),
+}
+
+/// Runs a workload.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    match args.workload {
+        Workload::Upload(args) => bulk::run(&args, bulk::Direction::Upload),
+        Workload::Download(args) => bulk::run(&args, bulk::Direction::Download),
+        Workload::Raw(args) => raw::run(&args),
+    }
+}

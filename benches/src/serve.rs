@@ -1,0 +1,227 @@
+//! `stoq serve`: files by hq-interop and the perf protocol, on the shards themselves.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::net::SocketAddrV6;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args as ClapArgs;
+use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use stoq::app::{ConnId, ShardApp, ShardCx};
+use stoq::engine::Engine;
+use stoq::error::ConnectionError;
+use stoq::{Dir, StreamId, VarInt};
+
+use crate::engine::{TransportArgs, datapath_words, stats_json, xdp_json};
+use crate::hq::{FileChunk, FileReaders, HqStream};
+use crate::output;
+use crate::perf::server::PerfStream;
+use crate::tls;
+
+/// How long open streams may go on after SIGTERM.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+/// Flags of `stoq serve`.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// Address and port.
+    #[arg(long, default_value = "[::]:4433")]
+    listen: SocketAddrV6,
+    /// Directory whose files are served by hq-interop.
+    #[arg(long)]
+    www: Option<PathBuf>,
+    /// Application protocols, comma-separated.
+    #[arg(long, default_value = "hq-interop,perf", value_delimiter = ',')]
+    alpn: Vec<String>,
+    /// Write the certificate that clients shall trust into this PEM file.
+    #[arg(long)]
+    cert_out: Option<PathBuf>,
+    /// Certificate chain to use instead of a self-made one (PEM); needs --key.
+    #[arg(long, requires = "key")]
+    cert: Option<PathBuf>,
+    /// Private key of --cert (PEM).
+    #[arg(long, requires = "cert")]
+    key: Option<PathBuf>,
+    /// Names for the self-made certificate; the listen address is always in it.
+    #[arg(long, value_delimiter = ',')]
+    names: Vec<String>,
+    #[command(flatten)]
+    transport: TransportArgs,
+}
+
+/// Serves until SIGINT or SIGTERM.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    args.transport.tie_to_parent()?;
+    let signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])
+        .context("installing signal handlers")?;
+    let readers = args.www.as_deref().map(FileReaders::start).transpose()?;
+    let server = tls::server(&tls::ServerOptions {
+        listen: args.listen,
+        names: &args.names,
+        alpn: &args.alpn,
+        cert: args.cert.as_deref(),
+        key: args.key.as_deref(),
+        cert_out: args.cert_out.as_deref(),
+    })?;
+    // Renews the certificate for as long as we serve.
+    let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
+    let engine = Engine::builder()
+        .config(args.transport.transport(args.listen)?)
+        .server(server.quic())
+        .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
+        .start()?;
+    announce(args, &engine)?;
+    wait_for_end(signals, &engine)?;
+    let xdp = xdp_json(&engine)?;
+    let stats = engine.stats();
+    let report = engine.shutdown_blocking(SHUTDOWN_GRACE, VarInt::from_u32(0), b"server stops");
+    if args.transport.json {
+        let mut stats = stats_json(&stats);
+        stats["xdp"] = xdp;
+        stats["connections_at_shutdown"] = report.connections_at_order.into();
+        output::json_line(&json!({ "event": "stopped", "stats": stats }))?;
+    }
+    Ok(())
+}
+
+fn announce(args: &Args, engine: &Engine) -> anyhow::Result<()> {
+    let (datapath, mode) = datapath_words(engine);
+    if args.transport.json {
+        return output::json_line(&json!({
+            "event": "listening",
+            "addr": engine.local_addr().to_string(),
+            "datapath": datapath,
+            "mode": mode,
+            "queues": engine.shards(),
+        }));
+    }
+    eprintln!(
+        "listening on {} over {datapath} ({mode}), {} shard(s)",
+        engine.local_addr(),
+        engine.shards()
+    );
+    for reason in engine.datapath_reasons() {
+        eprintln!("  {reason}");
+    }
+    Ok(())
+}
+
+/// Returns at a signal, or with an error when every shard has ended by itself.
+fn wait_for_end(
+    mut signals: signal_hook::iterator::Signals,
+    engine: &Engine,
+) -> anyhow::Result<()> {
+    loop {
+        if signals.pending().next().is_some() {
+            return Ok(());
+        }
+        anyhow::ensure!(engine.is_running(), "the engine ended by itself; see the log above");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+enum Stream {
+    Perf(PerfStream),
+    Hq(HqStream),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    Perf,
+    Hq,
+}
+
+/// Both protocols on one shard.
+#[derive(Default)]
+struct Service {
+    readers: Option<FileReaders>,
+    protocols: HashMap<ConnId, Protocol>,
+    streams: HashMap<(ConnId, StreamId), Stream>,
+}
+
+impl Service {
+    fn with_stream(
+        &mut self,
+        conn: ConnId,
+        stream: StreamId,
+        f: impl FnOnce(&mut Stream, Option<&FileReaders>) -> bool,
+    ) {
+        let Some(entry) = self.streams.get_mut(&(conn, stream)) else { return };
+        if !f(entry, self.readers.as_ref()) {
+            self.streams.remove(&(conn, stream));
+        }
+    }
+}
+
+impl ShardApp for Service {
+    fn handle_connected(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {
+        let protocol = match cx.alpn(conn).as_deref() {
+            Some(b"hq-interop") => Protocol::Hq,
+            _ => Protocol::Perf,
+        };
+        self.protocols.insert(conn, protocol);
+    }
+
+    fn handle_stream_opened(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, dir: Dir) {
+        while let Some(stream) = cx.accept_stream(conn, dir) {
+            let entry = match self.protocols.get(&conn) {
+                Some(Protocol::Hq) if dir == Dir::Bi => Stream::Hq(HqStream::default()),
+                _ => Stream::Perf(PerfStream::default()),
+            };
+            self.streams.insert((conn, stream), entry);
+            self.handle_readable(cx, conn, stream);
+        }
+    }
+
+    fn handle_readable(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, stream: StreamId) {
+        self.with_stream(conn, stream, |entry, readers| match (entry, readers) {
+            (Stream::Perf(perf), _) => perf.handle_readable(cx, conn, stream),
+            (Stream::Hq(hq), Some(readers)) => hq.handle_readable(cx, conn, stream, readers),
+            (Stream::Hq(_), None) => {
+                cx.reset(conn, stream, crate::hq::NOT_FOUND.into());
+                false
+            }
+        });
+    }
+
+    fn handle_writable(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, stream: StreamId) {
+        self.with_stream(conn, stream, |entry, readers| match (entry, readers) {
+            (Stream::Perf(perf), _) => perf.handle_writable(cx, conn, stream),
+            (Stream::Hq(hq), Some(readers)) => hq.handle_writable(cx, conn, stream, readers),
+            (Stream::Hq(_), None) => false,
+        });
+    }
+
+    fn handle_stopped(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        conn: ConnId,
+        stream: StreamId,
+        code: VarInt,
+    ) {
+        cx.reset(conn, stream, code);
+        self.streams.remove(&(conn, stream));
+    }
+
+    fn handle_datagrams(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {
+        // The perf protocol's sink: datagrams are counted by the connection's statistics.
+        while cx.recv_datagram(conn).is_some() {}
+    }
+
+    fn handle_message(&mut self, cx: &mut ShardCx<'_>, message: Box<dyn Any + Send>) {
+        let Ok(chunk) = message.downcast::<FileChunk>() else { return };
+        let (conn, stream) = chunk.stream();
+        self.with_stream(conn, stream, |entry, readers| match (entry, readers) {
+            (Stream::Hq(hq), Some(readers)) => hq.handle_chunk(cx, *chunk, readers),
+            _ => true,
+        });
+    }
+
+    fn handle_closed(&mut self, _cx: &mut ShardCx<'_>, conn: ConnId, _reason: &ConnectionError) {
+        self.protocols.remove(&conn);
+        self.streams.retain(|(owner, _), _| *owner != conn);
+    }
+}

@@ -1,0 +1,367 @@
+//! Code that runs on the shard itself.
+//!
+//! A [`ShardApp`] is called from inside the shard's turn: no queue, wake-up or
+//! allocation stands between a packet and the application. Each shard has its own
+//! instance, so its state needs no locks. Calls must not block: a call that takes
+//! a millisecond delays every connection of the shard by one.
+//!
+//! The engine's async handles are one `ShardApp` among others (`handles`).
+
+use std::any::Any;
+use std::net::SocketAddrV6;
+use std::time::Instant;
+
+use bytes::Bytes;
+use quinn_proto::{Dir, StreamId, VarInt};
+
+use crate::error::{ConnectError, ConnectionError, SendDatagramError};
+use crate::proto::{ConnectionStats, Owner, Protocol};
+use crate::shard::mailbox::{Command, Mailbox};
+
+/// A connection of one shard. Never reused: a stale id is answered with "unknown".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnId {
+    pub(crate) slot: u32,
+    pub(crate) generation: u32,
+}
+
+/// A client that knocks: accept, refuse, retry or ignore it through [`ShardCx`].
+#[derive(Debug)]
+pub struct Incoming(pub(crate) quinn_proto::Incoming);
+
+impl Incoming {
+    /// The client's address, validated or not.
+    #[must_use]
+    pub fn remote(&self) -> SocketAddrV6 {
+        crate::proto::v6(self.0.remote_address())
+    }
+
+    /// Whether the client has proved that it receives packets at its address.
+    #[must_use]
+    pub fn is_validated(&self) -> bool {
+        self.0.remote_address_validated()
+    }
+}
+
+/// What a call to [`ShardCx::read`] left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadOutcome {
+    /// Nothing more now: [`ShardApp::handle_readable`] will be called.
+    Blocked,
+    /// The limit was reached; more may be there.
+    MayHaveMore,
+    /// The peer finished the stream and everything was read.
+    Finished,
+    /// The peer reset the stream.
+    Reset(VarInt),
+    /// The stream or the connection is unknown (stopped, read to its end, or gone).
+    Unknown,
+}
+
+/// What a call to [`ShardCx::write`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteOutcome {
+    /// So many bytes were taken; when fewer than given, [`ShardApp::handle_writable`] follows.
+    Written(usize),
+    /// No credit or buffer space: [`ShardApp::handle_writable`] will be called.
+    Blocked,
+    /// The peer asked to stop.
+    Stopped(VarInt),
+    /// The stream or the connection is unknown (finished, reset, or gone).
+    Unknown,
+}
+
+/// Application code on a shard. Every method has an empty default but the first.
+#[allow(unused_variables)]
+pub trait ShardApp: Send + 'static {
+    /// A client knocks. The default accepts it.
+    fn handle_incoming(&mut self, cx: &mut ShardCx<'_>, incoming: Incoming) {
+        // A failure is the client's; the shard has answered it and counted it.
+        let _counted = cx.accept(incoming);
+    }
+
+    /// The handshake is complete: streams may be opened, the peer is authenticated.
+    fn handle_connected(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {}
+
+    /// The peer opened one or more streams: take them with [`ShardCx::accept_stream`] until `None`.
+    fn handle_stream_opened(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, dir: Dir) {}
+
+    /// Data, the end or a reset can be read.
+    fn handle_readable(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, stream: StreamId) {}
+
+    /// A blocked write can go on.
+    fn handle_writable(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, stream: StreamId) {}
+
+    /// The peer acknowledged all data of a finished stream.
+    fn handle_finished(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, stream: StreamId) {}
+
+    /// The peer asked to stop sending on a stream.
+    fn handle_stopped(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        conn: ConnId,
+        stream: StreamId,
+        code: VarInt,
+    ) {
+    }
+
+    /// The peer allows more streams, after [`ShardCx::open`] answered `None`.
+    fn handle_streams_available(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, dir: Dir) {}
+
+    /// Datagrams can be taken with [`ShardCx::recv_datagram`].
+    fn handle_datagrams(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {}
+
+    /// A full datagram queue has room again.
+    fn handle_datagrams_unblocked(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {}
+
+    /// The connection is over; its id is dead after this call. Called once per connection.
+    fn handle_closed(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, reason: &ConnectionError) {}
+
+    /// A timer set by [`ShardCx::set_timer`] is due.
+    fn handle_timer(&mut self, cx: &mut ShardCx<'_>, token: u64) {}
+
+    /// A message sent by [`Engine::send_to_app`](crate::engine::Engine::send_to_app).
+    fn handle_message(&mut self, cx: &mut ShardCx<'_>, message: Box<dyn Any + Send>) {}
+}
+
+/// Sends messages to the application of one shard from any thread.
+#[derive(Clone)]
+pub struct AppSender {
+    mailbox: Mailbox,
+}
+
+impl AppSender {
+    /// Sends a message; [`ShardApp::handle_message`] gets it.
+    ///
+    /// # Errors
+    /// Gives the message back when the mailbox is full or the shard has ended.
+    pub fn send(&self, message: Box<dyn Any + Send>) -> Result<(), Box<dyn Any + Send>> {
+        match self.mailbox.push(Command::App(message)) {
+            Err(Command::App(message)) => Err(message),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the shard has ended: nothing sent will ever be taken.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.mailbox.is_stopped()
+    }
+}
+
+/// What a [`ShardApp`] may do during a call.
+pub struct ShardCx<'a> {
+    pub(crate) proto: &'a mut Protocol,
+    pub(crate) now: Instant,
+    pub(crate) owner: Owner,
+}
+
+impl ShardCx<'_> {
+    /// The turn's time.
+    #[must_use]
+    pub fn now(&self) -> Instant {
+        self.now
+    }
+
+    /// A sender of messages to this shard's own application, for helper threads.
+    #[must_use]
+    pub fn sender(&self) -> AppSender {
+        AppSender { mailbox: self.proto.mailbox.clone() }
+    }
+
+    /// This shard's number, from 0.
+    #[must_use]
+    pub fn shard(&self) -> usize {
+        self.proto.shard_index()
+    }
+
+    /// Starts a connection; [`ShardApp::handle_connected`] or [`ShardApp::handle_closed`] follows.
+    ///
+    /// # Errors
+    /// The address, the name or a limit forbids it.
+    pub fn connect(
+        &mut self,
+        remote: SocketAddrV6,
+        server_name: &str,
+    ) -> Result<ConnId, ConnectError> {
+        self.proto.connect(self.now, remote, server_name, None, self.owner)
+    }
+
+    /// Accepts a client. The handshake goes on; [`ShardApp::handle_connected`] follows.
+    ///
+    /// # Errors
+    /// The client's first flight was invalid or a limit is reached; it was answered.
+    pub fn accept(&mut self, incoming: Incoming) -> Result<ConnId, ConnectionError> {
+        self.proto.accept(self.now, incoming.0, self.owner)
+    }
+
+    /// Refuses a client with CONNECTION_REFUSED.
+    pub fn refuse(&mut self, incoming: Incoming) {
+        self.proto.refuse(incoming.0);
+    }
+
+    /// Asks a client to prove its address; one that has already is accepted or refused by the caller.
+    ///
+    /// # Errors
+    /// Gives the client back when it is validated already.
+    pub fn retry(&mut self, incoming: Incoming) -> Result<(), Incoming> {
+        self.proto.retry(incoming.0).map_err(Incoming)
+    }
+
+    /// Forgets a client without an answer.
+    pub fn ignore(&mut self, incoming: Incoming) {
+        self.proto.ignore(incoming.0);
+    }
+
+    /// Opens a stream; `None` while the peer allows no more, or when the connection is gone.
+    pub fn open(&mut self, conn: ConnId, dir: Dir) -> Option<StreamId> {
+        self.proto.touch(conn)?.streams().open(dir)
+    }
+
+    /// Takes the next stream that the peer opened.
+    pub fn accept_stream(&mut self, conn: ConnId, dir: Dir) -> Option<StreamId> {
+        self.proto.touch(conn)?.streams().accept(dir)
+    }
+
+    /// Writes chunks by reference; taken chunks are left empty, a partly taken one is advanced.
+    ///
+    /// Chunks of 16 KiB and more are cheapest: the send buffer's look-up is linear in chunks.
+    pub fn write(&mut self, conn: ConnId, stream: StreamId, chunks: &mut [Bytes]) -> WriteOutcome {
+        let Some(connection) = self.proto.touch(conn) else { return WriteOutcome::Unknown };
+        match connection.send_stream(stream).write_chunks(chunks) {
+            Ok(written) => WriteOutcome::Written(written.bytes),
+            Err(quinn_proto::WriteError::Blocked) => WriteOutcome::Blocked,
+            Err(quinn_proto::WriteError::Stopped(code)) => WriteOutcome::Stopped(code),
+            Err(quinn_proto::WriteError::ClosedStream) => WriteOutcome::Unknown,
+        }
+    }
+
+    /// Marks the end of a stream; `false` when it is unknown or stopped by the peer.
+    pub fn finish(&mut self, conn: ConnId, stream: StreamId) -> bool {
+        self.proto.touch(conn).is_some_and(|c| c.send_stream(stream).finish().is_ok())
+    }
+
+    /// Abandons a stream; `false` when it is unknown.
+    pub fn reset(&mut self, conn: ConnId, stream: StreamId, code: VarInt) -> bool {
+        self.proto.touch(conn).is_some_and(|c| c.send_stream(stream).reset(code).is_ok())
+    }
+
+    /// Asks the peer to stop sending; `false` when the stream is unknown.
+    pub fn stop(&mut self, conn: ConnId, stream: StreamId, code: VarInt) -> bool {
+        self.proto.touch(conn).is_some_and(|c| c.recv_stream(stream).stop(code).is_ok())
+    }
+
+    /// Sends a stream's data before (higher) or after (lower) others'; `false` when it is unknown.
+    pub fn set_priority(&mut self, conn: ConnId, stream: StreamId, priority: i32) -> bool {
+        self.proto.touch(conn).is_some_and(|c| c.send_stream(stream).set_priority(priority).is_ok())
+    }
+
+    /// Hands at most `bytes_max` bytes of a stream, in order, to `take`, chunk by chunk and without copying.
+    pub fn read(
+        &mut self,
+        conn: ConnId,
+        stream: StreamId,
+        bytes_max: usize,
+        mut take: impl FnMut(Bytes),
+    ) -> ReadOutcome {
+        let Some(connection) = self.proto.touch_for_read(conn) else {
+            return ReadOutcome::Unknown;
+        };
+        let mut recv = connection.recv_stream(stream);
+        let Ok(mut chunks) = recv.read(true) else { return ReadOutcome::Unknown };
+        let mut left = bytes_max;
+        let outcome = loop {
+            if left == 0 {
+                break ReadOutcome::MayHaveMore;
+            }
+            match chunks.next(left) {
+                Ok(Some(chunk)) => {
+                    left -= chunk.bytes.len();
+                    take(chunk.bytes);
+                }
+                Ok(None) => break ReadOutcome::Finished,
+                Err(quinn_proto::ReadError::Blocked) => break ReadOutcome::Blocked,
+                Err(quinn_proto::ReadError::Reset(code)) => break ReadOutcome::Reset(code),
+            }
+        };
+        if chunks.finalize().should_transmit() {
+            self.proto.queue_transmit(conn);
+        }
+        outcome
+    }
+
+    /// Queues an unreliable datagram (RFC 9221).
+    ///
+    /// # Errors
+    /// Too large, unsupported, or the queue is full ([`ShardApp::handle_datagrams_unblocked`] follows).
+    pub fn send_datagram(&mut self, conn: ConnId, data: Bytes) -> Result<(), SendDatagramError> {
+        let Some(connection) = self.proto.touch(conn) else {
+            return Err(SendDatagramError::ConnectionLost(ConnectionError::ClosedLocally));
+        };
+        connection.datagrams().send(data, false).map_err(|error| match error {
+            quinn_proto::SendDatagramError::UnsupportedByPeer => {
+                SendDatagramError::UnsupportedByPeer
+            }
+            quinn_proto::SendDatagramError::Disabled => SendDatagramError::Disabled,
+            quinn_proto::SendDatagramError::TooLarge => SendDatagramError::TooLarge,
+            quinn_proto::SendDatagramError::Blocked(_) => SendDatagramError::Full,
+        })
+    }
+
+    /// The next received datagram.
+    pub fn recv_datagram(&mut self, conn: ConnId) -> Option<Bytes> {
+        self.proto.touch_for_read(conn)?.datagrams().recv()
+    }
+
+    /// The largest datagram that fits the path now, bytes; `None`: the peer takes none.
+    pub fn max_datagram_size(&mut self, conn: ConnId) -> Option<usize> {
+        self.proto.touch_for_read(conn)?.datagrams().max_size()
+    }
+
+    /// Closes a connection at once; data not yet acknowledged may be lost. [`ShardApp::handle_closed`] follows.
+    pub fn close(&mut self, conn: ConnId, code: VarInt, reason: Bytes) {
+        let now = self.now;
+        if let Some(connection) = self.proto.touch(conn) {
+            connection.close(now, code, reason);
+        }
+    }
+
+    /// Statistics of a connection.
+    #[must_use]
+    pub fn stats(&self, conn: ConnId) -> Option<ConnectionStats> {
+        self.proto.stats(conn)
+    }
+
+    /// The peer's address now.
+    #[must_use]
+    pub fn remote(&self, conn: ConnId) -> Option<SocketAddrV6> {
+        self.proto.connection(conn).map(|c| crate::proto::v6(c.remote_address()))
+    }
+
+    /// The negotiated application protocol, once the handshake has got that far.
+    #[must_use]
+    pub fn alpn(&self, conn: ConnId) -> Option<Vec<u8>> {
+        self.proto.handshake_data(conn)?.protocol
+    }
+
+    /// The peer's certificate chain, once the handshake has got that far.
+    #[must_use]
+    pub fn peer_certificates(
+        &self,
+        conn: ConnId,
+    ) -> Option<Vec<rustls_pki_types::CertificateDer<'static>>> {
+        self.proto.peer_certificates(conn)
+    }
+
+    /// Switches to new packet protection keys (RFC 9001 §6).
+    pub fn update_keys(&mut self, conn: ConnId) {
+        if let Some(connection) = self.proto.touch(conn) {
+            connection.force_key_update();
+        }
+    }
+
+    /// Calls [`ShardApp::handle_timer`] with `token` at `at` or soon after.
+    pub fn set_timer(&mut self, at: Instant, token: u64) {
+        self.proto.set_app_timer(at, token, self.owner);
+    }
+}

@@ -1,0 +1,72 @@
+//! Who issues certificates: the seam between rotation and a CA.
+
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
+
+use super::error::{CaError, CertsError};
+use super::names::{CLIENT_URI_PREFIX, IdentityNames};
+
+/// A request for one certificate.
+#[derive(Debug, Clone, Copy)]
+pub struct CertificateRequest<'a> {
+    /// PKCS#10 request, signed by the new key (RFC 2986).
+    pub csr: &'a CertificateSigningRequestDer<'static>,
+    /// The names that the requester is entitled to. The caller vouches for them: a CA trusts
+    /// these, and the request may not ask for more.
+    pub names: &'a IdentityNames,
+}
+
+/// Something that turns requests into certificates.
+///
+/// Calls may block (network, disk) and come from the maintenance thread, never from a shard. An
+/// implementation bounds its own waiting.
+pub trait CertificateAuthority: Send + Sync {
+    /// Issues a chain, leaf first, without the root.
+    ///
+    /// # Errors
+    /// [`CaError::Unreachable`] may pass by itself; the other kinds need a change first.
+    fn issue(
+        &self,
+        request: &CertificateRequest<'_>,
+    ) -> Result<Vec<CertificateDer<'static>>, CaError>;
+}
+
+/// A fresh ECDSA P-256 key and a request for `names` signed by it.
+pub(super) fn key_and_request(
+    names: &IdentityNames,
+) -> Result<(rcgen::KeyPair, CertificateSigningRequestDer<'static>), CertsError> {
+    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)
+        .map_err(|error| CertsError::crypto("P-256 key generation", error))?;
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = subject();
+    params.subject_alt_names = alternative_names(names)?;
+    let request = params
+        .serialize_request(&key)
+        .map_err(|error| CertsError::crypto("certificate request", error))?;
+    Ok((key, request.der().clone()))
+}
+
+/// The subject of every leaf: constant, since the names are in the alternative names.
+pub(super) fn subject() -> rcgen::DistinguishedName {
+    let mut subject = rcgen::DistinguishedName::new();
+    subject.push(rcgen::DnType::CommonName, "stoq node");
+    subject
+}
+
+/// `names` as X.509 subject alternative names.
+pub(super) fn alternative_names(names: &IdentityNames) -> Result<Vec<rcgen::SanType>, CertsError> {
+    let ia5 = |text: String| {
+        rcgen::string::Ia5String::try_from(text)
+            .map_err(|error| CertsError::crypto("name encoding", error))
+    };
+    let mut all = Vec::new();
+    for name in names.dns() {
+        all.push(rcgen::SanType::DnsName(ia5(name.clone())?));
+    }
+    for address in names.ipv6() {
+        all.push(rcgen::SanType::IpAddress((*address).into()));
+    }
+    if let Some(id) = names.client_id() {
+        all.push(rcgen::SanType::URI(ia5(format!("{CLIENT_URI_PREFIX}{id}"))?));
+    }
+    Ok(all)
+}

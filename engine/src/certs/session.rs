@@ -1,0 +1,252 @@
+//! The TLS session that quinn-proto drives, with what it does not tell: the key exchange group,
+//! and the reason of a failure in words.
+//!
+//! Only the handshake passes through here; packet keys are handed out unwrapped.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use quinn_proto::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
+use quinn_proto::crypto::{
+    self, ClientConfig, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey,
+    ServerConfig, Session, UnsupportedVersion,
+};
+use quinn_proto::transport_parameters::TransportParameters;
+use quinn_proto::{ConnectError, ConnectionId, Side, TransportError};
+use rustls::NamedGroup;
+use rustls_pki_types::CertificateDer;
+
+use super::error::CertsError;
+use super::fault::{CertificateFault, FaultCounters};
+use super::names::CertificateSummary;
+use super::provider;
+
+/// What a handshake settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HandshakeInfo {
+    /// Application protocol (ALPN, RFC 7301).
+    pub alpn: Option<Vec<u8>>,
+    /// Name that the client asked for (SNI); servers only.
+    pub server_name: Option<String>,
+    /// Key exchange group; [`NamedGroup::X25519MLKEM768`] is post-quantum.
+    pub group: Option<NamedGroup>,
+}
+
+impl HandshakeInfo {
+    /// Reads it from a connection's `crypto_session()`. `None` until quinn-proto emits
+    /// `HandshakeDataReady`.
+    #[must_use]
+    pub fn of_session(session: &dyn Session) -> Option<Self> {
+        session.handshake_data()?.downcast::<Self>().ok().map(|info| *info)
+    }
+
+    /// Whether the key exchange withstands a quantum computer.
+    #[must_use]
+    pub fn is_post_quantum(&self) -> bool {
+        self.group == Some(NamedGroup::X25519MLKEM768)
+    }
+}
+
+/// Who the peer proved to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerIdentity {
+    /// Names, serial and validity of the leaf.
+    pub certificate: CertificateSummary,
+    /// The chain as sent, leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+impl PeerIdentity {
+    /// Reads it from a connection's `crypto_session()`. `None` if the peer sent no certificate.
+    ///
+    /// # Errors
+    /// The leaf does not parse, which verification would have refused; possible only with a
+    /// verifier that accepts anything.
+    pub fn of_session(session: &dyn Session) -> Result<Option<Self>, CertsError> {
+        let Some(identity) = session.peer_identity() else { return Ok(None) };
+        let chain = identity
+            .downcast::<Vec<CertificateDer<'static>>>()
+            .expect("quinn-proto's rustls sessions hand out certificate chains");
+        let Some(leaf) = chain.first() else { return Ok(None) };
+        Ok(Some(Self { certificate: CertificateSummary::parse(leaf)?, chain: *chain }))
+    }
+}
+
+/// What a peer's CONNECTION_CLOSE means when it carries a TLS alert: the fault, and what to do.
+/// `None` if `error_code` is no TLS alert (RFC 9001, section 4.8).
+#[must_use]
+pub fn explain_peer_alert(error_code: u64, reason: &str) -> Option<String> {
+    let fault = CertificateFault::of_peer_alert(error_code)?;
+    let alert = error_code - 0x100;
+    // Peers that run STOQ say the cause themselves.
+    let advice = if reason.is_empty() { fault.advice() } else { reason };
+    Some(format!("the peer refused the handshake (TLS alert {alert}): {advice}"))
+}
+
+/// What both sides of a session share.
+#[derive(Debug, Clone)]
+pub(super) struct SessionContext {
+    pub(super) faults: Arc<FaultCounters>,
+    /// The groups on offer here, for the error text.
+    pub(super) groups: &'static str,
+}
+
+/// Server configuration whose sessions report group and faults.
+pub(super) struct ObservedServerConfig {
+    pub(super) inner: Arc<QuicServerConfig>,
+    pub(super) context: SessionContext,
+}
+
+impl ServerConfig for ObservedServerConfig {
+    fn initial_keys(
+        &self,
+        version: u32,
+        dst_cid: &ConnectionId,
+    ) -> Result<Keys, UnsupportedVersion> {
+        self.inner.initial_keys(version, dst_cid)
+    }
+
+    fn retry_tag(&self, version: u32, orig_dst_cid: &ConnectionId, packet: &[u8]) -> [u8; 16] {
+        self.inner.retry_tag(version, orig_dst_cid, packet)
+    }
+
+    fn start_session(
+        self: Arc<Self>,
+        version: u32,
+        params: &TransportParameters,
+    ) -> Box<dyn Session> {
+        let inner = Arc::clone(&self.inner).start_session(version, params);
+        Box::new(ObservedSession { inner, group: None, context: self.context.clone() })
+    }
+}
+
+/// Client configuration whose sessions report group and faults.
+pub(super) struct ObservedClientConfig {
+    pub(super) inner: Arc<QuicClientConfig>,
+    pub(super) context: SessionContext,
+}
+
+impl ClientConfig for ObservedClientConfig {
+    fn start_session(
+        self: Arc<Self>,
+        version: u32,
+        server_name: &str,
+        params: &TransportParameters,
+    ) -> Result<Box<dyn Session>, ConnectError> {
+        let inner = Arc::clone(&self.inner).start_session(version, server_name, params)?;
+        Ok(Box::new(ObservedSession { inner, group: None, context: self.context.clone() }))
+    }
+}
+
+struct ObservedSession {
+    inner: Box<dyn Session>,
+    group: Option<NamedGroup>,
+    context: SessionContext,
+}
+
+impl ObservedSession {
+    /// Adds the fault's name and cure to an error, and counts what no verifier has counted.
+    fn explain(&self, mut error: TransportError) -> TransportError {
+        if let Some((fault, detail)) = provider::take_fault() {
+            error.reason = format!("{}: {detail}; {}", fault.label(), fault.advice());
+            return error;
+        }
+        let fault = CertificateFault::of_peer_alert(u64::from(error.code))
+            .unwrap_or(CertificateFault::Other);
+        // handshake_failure (40) has many causes; rustls's text tells the key exchange apart.
+        let fault = match fault {
+            CertificateFault::NoCommonKeyExchange if !error.reason.contains("NoKxGroups") => {
+                CertificateFault::Other
+            }
+            other => other,
+        };
+        self.context.faults.record(fault);
+        if fault == CertificateFault::NoCommonKeyExchange {
+            error.reason = format!("{} (offered here: {})", fault.advice(), self.context.groups);
+        } else if fault != CertificateFault::Other {
+            error.reason = format!("{}; {}", error.reason, fault.advice());
+        }
+        error
+    }
+}
+
+impl Session for ObservedSession {
+    fn initial_keys(&self, dst_cid: &ConnectionId, side: Side) -> Keys {
+        self.inner.initial_keys(dst_cid, side)
+    }
+
+    fn handshake_data(&self) -> Option<Box<dyn Any>> {
+        let data = self
+            .inner
+            .handshake_data()?
+            .downcast::<HandshakeData>()
+            .expect("quinn-proto's rustls sessions hand out HandshakeData");
+        Some(Box::new(HandshakeInfo {
+            alpn: data.protocol,
+            server_name: data.server_name,
+            group: self.group,
+        }))
+    }
+
+    fn peer_identity(&self) -> Option<Box<dyn Any>> {
+        self.inner.peer_identity()
+    }
+
+    fn early_crypto(&self) -> Option<(Box<dyn HeaderKey>, Box<dyn PacketKey>)> {
+        self.inner.early_crypto()
+    }
+
+    fn early_data_accepted(&self) -> Option<bool> {
+        self.inner.early_data_accepted()
+    }
+
+    fn is_handshaking(&self) -> bool {
+        self.inner.is_handshaking()
+    }
+
+    fn read_handshake(&mut self, buf: &[u8]) -> Result<bool, TransportError> {
+        // Whatever an interrupted session left on this thread is not ours.
+        provider::take_fault();
+        provider::take_group();
+        let read = self.inner.read_handshake(buf);
+        if let Some(group) = provider::take_group() {
+            self.group = Some(group);
+        }
+        read.map_err(|error| self.explain(error))
+    }
+
+    fn transport_parameters(&self) -> Result<Option<TransportParameters>, TransportError> {
+        self.inner.transport_parameters()
+    }
+
+    fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
+        self.inner.write_handshake(buf)
+    }
+
+    fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
+        self.inner.next_1rtt_keys()
+    }
+
+    fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
+        self.inner.is_valid_retry(orig_dst_cid, header, payload)
+    }
+
+    fn export_keying_material(
+        &self,
+        output: &mut [u8],
+        label: &[u8],
+        context: &[u8],
+    ) -> Result<(), ExportKeyingMaterialError> {
+        self.inner.export_keying_material(output, label, context)
+    }
+}
+
+/// Erases the type for `quinn_proto::ServerConfig::new`.
+pub(super) fn server_crypto(config: ObservedServerConfig) -> Arc<dyn crypto::ServerConfig> {
+    Arc::new(config)
+}
+
+/// Erases the type for `quinn_proto::ClientConfig::new`.
+pub(super) fn client_crypto(config: ObservedClientConfig) -> Arc<dyn crypto::ClientConfig> {
+    Arc::new(config)
+}

@@ -1,0 +1,426 @@
+//! Every limit of the engine, named, with its default and its allowed range.
+//!
+//! A [`TransportConfig`] is validated whole before anything starts; each error
+//! names the key, the value and the range. Sizes are in bytes, times in the
+//! unit that ends the name.
+
+use std::fmt;
+use std::net::{Ipv6Addr, SocketAddrV6};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn_proto::congestion::{ControllerFactory, CubicConfig, NewRenoConfig};
+use quinn_proto::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, VarInt};
+use serde::Deserialize;
+
+use crate::datapath::choice::DatapathChoice;
+use crate::proto::bbr::{BbrConfig, Params};
+use crate::proto::congestion::GatedFactory;
+
+/// Largest UDP payload that QUIC over IPv6 can carry: 65535 less the UDP header (RFC 8200 §4.5 jumbograms excluded).
+pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
+/// quinn-proto panics when `min_mtu` exceeds this.
+pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
+/// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
+pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
+pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
+/// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
+pub const RX_SLAB_BYTES: usize = 120 * 1024;
+/// Commands that one turn takes from its mailbox at most.
+pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
+/// Timers that one turn expires at most.
+pub const TIMERS_PER_TURN_MAX: usize = 1024;
+/// Packets that one connection sends before the next connection has its turn.
+pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
+/// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
+pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
+/// Datagrams from other shards that wait in a shard's mailbox.
+pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// Largest number of shards of one engine: a connection ID carries the shard in one byte.
+pub const SHARDS_MAX: usize = 256;
+/// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
+pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
+
+/// Which algorithm decides how much may be in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum CongestionControl {
+    /// BBR with the parameters of draft-cardwell-iccrg-bbr-congestion-control-02.
+    #[default]
+    Bbr2,
+    /// BBR with the parameters of draft-ietf-ccwg-bbr-06.
+    Bbr3,
+    /// RFC 9438.
+    Cubic,
+    /// RFC 9002 §7.
+    NewReno,
+}
+
+impl CongestionControl {
+    /// The name used in configurations and outputs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Bbr2 => "bbr2",
+            Self::Bbr3 => "bbr3",
+            Self::Cubic => "cubic",
+            Self::NewReno => "newreno",
+        }
+    }
+
+    fn factory(
+        self,
+        initial_window_bytes: u64,
+        seed: u64,
+    ) -> Arc<dyn ControllerFactory + Send + Sync> {
+        let bbr = |params| {
+            let mut config = BbrConfig::new(params, seed);
+            config.initial_window_bytes = Some(initial_window_bytes);
+            Arc::new(config)
+        };
+        match self {
+            Self::Bbr2 => bbr(Params::BBR2),
+            Self::Bbr3 => bbr(Params::BBR3),
+            Self::Cubic => {
+                let mut config = CubicConfig::default();
+                config.initial_window(initial_window_bytes);
+                Arc::new(config)
+            }
+            Self::NewReno => {
+                let mut config = NewRenoConfig::default();
+                config.initial_window(initial_window_bytes);
+                Arc::new(config)
+            }
+        }
+    }
+}
+
+impl std::str::FromStr for CongestionControl {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        [Self::Bbr2, Self::Bbr3, Self::Cubic, Self::NewReno]
+            .into_iter()
+            .find(|algorithm| algorithm.name() == name)
+            .ok_or_else(|| format!("`{name}` is not one of bbr2, bbr3, cubic, newreno"))
+    }
+}
+
+/// When a server asks a client to prove its address with a Retry (RFC 9000 §8.1.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RetryPolicy {
+    /// Never.
+    Never,
+    /// When more than a quarter of `incoming_max` handshakes are under way.
+    #[default]
+    UnderLoad,
+    /// Always: costs each client one round trip.
+    Always,
+}
+
+/// A value that the engine refuses to start with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The configuration key.
+    pub key: &'static str,
+    /// The value it had.
+    pub value: String,
+    /// What is allowed.
+    pub allowed: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "configuration key `{}` is {}; allowed: {}", self.key, self.value, self.allowed)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// The transport's settings and limits. Every field has a default; unknown keys are refused.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TransportConfig {
+    /// Address and port to bind; `[::]:0` lets the system choose.
+    pub bind: SocketAddrV6,
+    /// Which datapath carries the packets.
+    pub datapath: DatapathChoice,
+    /// Interface for AF_XDP (and for link-local addresses).
+    pub interface: Option<String>,
+    /// Threads that own connections; with AF_XDP each takes one device queue. 1 to 256.
+    pub shards: usize,
+    /// First AF_XDP device queue; shard `n` binds queue `first_queue + n`.
+    pub first_queue: u32,
+    /// Cores for the shards, in order; empty: the engine chooses.
+    pub cores: Vec<usize>,
+    /// Congestion control of new connections.
+    pub congestion_control: CongestionControl,
+    /// Streams of each kind that a peer may have open. 0 to 2^60.
+    pub max_concurrent_streams: u64,
+    /// Bytes that a connection may hold unacknowledged.
+    pub send_buffer_size: u64,
+    /// Bytes that a peer may send on a connection before the application read them.
+    pub receive_buffer_size: u64,
+    /// Bytes that a peer may send on one stream before the application read them.
+    pub stream_receive_buffer_size: u64,
+    /// Largest unreliable datagram accepted from a peer, bytes; 0 switches datagrams off. At most 65507.
+    pub max_datagram_size: u32,
+    /// Bytes of unreliable datagrams that wait for sending on a connection.
+    pub datagram_send_buffer_size: usize,
+    /// Silence after which a connection is given up, ms; 0: never. At most 2^62 − 1.
+    pub idle_timeout_ms: u64,
+    /// A handshake that takes longer fails, ms. 1 to 600000.
+    pub handshake_timeout_ms: u64,
+    /// Interval of keep-alive packets, ms; 0: none.
+    pub keep_alive_interval_ms: u64,
+    /// Connections that one shard holds at most.
+    pub connections_per_shard_max: usize,
+    /// Handshakes under way per shard at most; further ones are refused.
+    pub incoming_max: usize,
+    /// When a server asks for a Retry.
+    pub retry: RetryPolicy,
+    /// Accept data before the handshake ends; replayable, therefore off by default (RFC 9001 §9.2).
+    pub zero_rtt: bool,
+    /// First assumption about the path, UDP payload bytes. 1200 to 16383.
+    pub initial_mtu_bytes: u16,
+    /// Upper bound of path MTU discovery, UDP payload bytes; 0: the interface's MTU. At most 65527.
+    pub mtu_upper_bound_bytes: u16,
+    /// Round trip assumed before the first sample, µs.
+    pub initial_rtt_us: u64,
+    /// Congestion window at the start, packets of the initial MTU. 2 to 1000.
+    pub initial_window_packets: u64,
+    /// Ask the peer for sparse ACKs (draft-ietf-quic-ack-frequency).
+    pub ack_frequency: bool,
+    /// Time a shard spins without work before it sleeps, µs. 0 to 1000000.
+    pub spin_us: u64,
+    /// Commands that wait in a shard's mailbox at most.
+    pub mailbox_capacity: usize,
+    /// Bytes that a stream handle may queue towards its shard.
+    pub stream_send_queue_bytes: usize,
+    /// Bytes that wait in a stream handle for its reader.
+    pub stream_receive_queue_bytes: usize,
+    /// Idle pooled connections kept at most, over all shards.
+    pub connection_pool_size: usize,
+    /// Hand `Bytes` over by reference instead of copying.
+    pub enable_zero_copy: bool,
+    /// Demand zero-copy AF_XDP: refuse to start in copy mode.
+    pub require_zero_copy: bool,
+    /// Allow AF_XDP in generic (SKB) mode where the driver has no native one.
+    pub allow_skb_mode: bool,
+    /// Directory for one qlog file per connection; none: off.
+    pub qlog_dir: Option<std::path::PathBuf>,
+}
+
+impl Default for TransportConfig {
+    fn default() -> Self {
+        Self {
+            bind: SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0),
+            datapath: DatapathChoice::Auto,
+            interface: None,
+            shards: 1,
+            first_queue: 0,
+            cores: Vec::new(),
+            congestion_control: CongestionControl::Bbr2,
+            max_concurrent_streams: 1000,
+            send_buffer_size: 16 << 20,
+            receive_buffer_size: 16 << 20,
+            stream_receive_buffer_size: 16 << 20,
+            max_datagram_size: 65_507,
+            datagram_send_buffer_size: 1 << 20,
+            idle_timeout_ms: 30_000,
+            handshake_timeout_ms: 10_000,
+            keep_alive_interval_ms: 0,
+            connections_per_shard_max: 1 << 17,
+            incoming_max: 4096,
+            retry: RetryPolicy::UnderLoad,
+            zero_rtt: false,
+            initial_mtu_bytes: UDP_PAYLOAD_BYTES_MIN,
+            mtu_upper_bound_bytes: 0,
+            initial_rtt_us: 100_000,
+            initial_window_packets: 10,
+            ack_frequency: true,
+            spin_us: 50,
+            mailbox_capacity: 4096,
+            stream_send_queue_bytes: 1 << 20,
+            stream_receive_queue_bytes: 256 << 10,
+            connection_pool_size: 100,
+            enable_zero_copy: true,
+            require_zero_copy: false,
+            allow_skb_mode: false,
+            qlog_dir: None,
+        }
+    }
+}
+
+fn check<T: PartialOrd + fmt::Display>(
+    key: &'static str,
+    value: T,
+    min: T,
+    max: T,
+) -> Result<(), ConfigError> {
+    if value >= min && value <= max {
+        return Ok(());
+    }
+    Err(ConfigError { key, value: value.to_string(), allowed: format!("{min} to {max}") })
+}
+
+impl TransportConfig {
+    /// Reads a configuration from TOML text and validates it.
+    ///
+    /// # Errors
+    /// Says the line of a syntax error or an unknown key, or the key whose value is out of range.
+    pub fn from_toml(text: &str) -> Result<Self, String> {
+        let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
+        config.validate().map_err(|error| error.to_string())?;
+        Ok(config)
+    }
+
+    /// Checks every limit.
+    ///
+    /// # Errors
+    /// The first key that is out of range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        const GIB: u64 = 1 << 30;
+        check("shards", self.shards, 1, SHARDS_MAX)?;
+        check("max_concurrent_streams", self.max_concurrent_streams, 0, 1 << 60)?;
+        check("send_buffer_size", self.send_buffer_size, 2 * 1200, 16 * GIB)?;
+        check("receive_buffer_size", self.receive_buffer_size, 2 * 1200, 16 * GIB)?;
+        check("stream_receive_buffer_size", self.stream_receive_buffer_size, 1200, 16 * GIB)?;
+        check("max_datagram_size", self.max_datagram_size, 0, 65_507)?;
+        check("datagram_send_buffer_size", self.datagram_send_buffer_size as u64, 0, GIB)?;
+        check("idle_timeout_ms", self.idle_timeout_ms, 0, (1 << 62) - 1)?;
+        check("handshake_timeout_ms", self.handshake_timeout_ms, 1, 600_000)?;
+        check("keep_alive_interval_ms", self.keep_alive_interval_ms, 0, 86_400_000)?;
+        check("connections_per_shard_max", self.connections_per_shard_max, 1, 1 << 24)?;
+        check("incoming_max", self.incoming_max, 1, 1 << 20)?;
+        check(
+            "initial_mtu_bytes",
+            self.initial_mtu_bytes,
+            UDP_PAYLOAD_BYTES_MIN,
+            MIN_MTU_BYTES_MAX,
+        )?;
+        if self.mtu_upper_bound_bytes != 0 {
+            let (min, max) = (self.initial_mtu_bytes, UDP_PAYLOAD_BYTES_MAX);
+            check("mtu_upper_bound_bytes", self.mtu_upper_bound_bytes, min, max)?;
+        }
+        check("initial_rtt_us", self.initial_rtt_us, 1, 10_000_000)?;
+        check("initial_window_packets", self.initial_window_packets, 2, 1000)?;
+        check("spin_us", self.spin_us, 0, 1_000_000)?;
+        check("mailbox_capacity", self.mailbox_capacity, 16, 1 << 20)?;
+        check("stream_send_queue_bytes", self.stream_send_queue_bytes as u64, 1, GIB)?;
+        check("stream_receive_queue_bytes", self.stream_receive_queue_bytes as u64, 1, GIB)?;
+        check("connection_pool_size", self.connection_pool_size, 0, 1 << 20)?;
+        if !self.cores.is_empty() && self.cores.len() != self.shards {
+            return Err(ConfigError {
+                key: "cores",
+                value: format!("{} cores", self.cores.len()),
+                allowed: format!("none, or one for each of the {} shards", self.shards),
+            });
+        }
+        if self.keep_alive_interval_ms != 0
+            && self.idle_timeout_ms != 0
+            && self.keep_alive_interval_ms >= self.idle_timeout_ms
+        {
+            return Err(ConfigError {
+                key: "keep_alive_interval_ms",
+                value: self.keep_alive_interval_ms.to_string(),
+                allowed: format!("less than idle_timeout_ms ({})", self.idle_timeout_ms),
+            });
+        }
+        if self.datapath == DatapathChoice::AfXdp && self.interface.is_none() {
+            return Err(ConfigError {
+                key: "interface",
+                value: "unset".into(),
+                allowed: "the name of an interface, because datapath is af_xdp (`ip -br link` lists them)"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The settings in quinn-proto's terms, for paths whose UDP payload is at most `mtu_bytes`;
+    /// `seed` feeds the random waits of congestion control.
+    pub(crate) fn quic(&self, mtu_bytes: u16, seed: u64) -> quinn_proto::TransportConfig {
+        let varint = |value: u64| VarInt::from_u64(value).expect("validated below 2^62");
+        let upper_bound = match self.mtu_upper_bound_bytes {
+            0 => mtu_bytes,
+            bytes => bytes.min(mtu_bytes),
+        };
+        let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(upper_bound.max(initial_mtu));
+        let mut quic = quinn_proto::TransportConfig::default();
+        let initial_window = self.initial_window_packets * u64::from(initial_mtu);
+        quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
+            .max_concurrent_uni_streams(varint(self.max_concurrent_streams))
+            .send_window(self.send_buffer_size)
+            .receive_window(varint(self.receive_buffer_size))
+            .stream_receive_window(varint(self.stream_receive_buffer_size))
+            .datagram_receive_buffer_size(match self.max_datagram_size {
+                0 => None,
+                size => Some((size as usize).max(1 << 20)),
+            })
+            .datagram_send_buffer_size(self.datagram_send_buffer_size)
+            .initial_mtu(initial_mtu)
+            .min_mtu(UDP_PAYLOAD_BYTES_MIN)
+            .mtu_discovery_config(Some(discovery))
+            .initial_rtt(Duration::from_micros(self.initial_rtt_us))
+            .max_idle_timeout(match self.idle_timeout_ms {
+                0 => None,
+                ms => Some(IdleTimeout::from(varint(ms))),
+            })
+            .keep_alive_interval(match self.keep_alive_interval_ms {
+                0 => None,
+                ms => Some(Duration::from_millis(ms)),
+            })
+            .ack_frequency_config(self.ack_frequency.then(|| {
+                let mut frequency = AckFrequencyConfig::default();
+                frequency.ack_eliciting_threshold(VarInt::from_u32(10));
+                frequency
+            }))
+            // The shard polls packet by packet; each gets a time stamp of its own.
+            .enable_segmentation_offload(false)
+            .congestion_controller_factory(Arc::new(GatedFactory(
+                self.congestion_control.factory(initial_window, seed),
+            )));
+        quic
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid() {
+        TransportConfig::default().validate().expect("defaults");
+    }
+
+    #[test]
+    fn errors_name_key_value_and_range() {
+        let config = TransportConfig { initial_mtu_bytes: 20_000, ..Default::default() };
+        let text = config.validate().expect_err("too large").to_string();
+        assert!(text.contains("initial_mtu_bytes") && text.contains("20000"), "{text}");
+        assert!(text.contains("1200 to 16383"), "{text}");
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let error = TransportConfig::from_toml("max_streams = 3").expect_err("unknown");
+        assert!(error.contains("max_streams"), "{error}");
+        let config = TransportConfig::from_toml("shards = 2\nbind = '[::1]:4433'").expect("valid");
+        assert_eq!((config.shards, config.bind.port()), (2, 4433));
+        assert!(TransportConfig::from_toml("bind = '127.0.0.1:1'").is_err(), "IPv4 does not exist");
+        let error = TransportConfig::from_toml("shards = 0").expect_err("range");
+        assert!(error.contains("1 to 256"), "{error}");
+    }
+
+    #[test]
+    fn af_xdp_needs_an_interface() {
+        let config = TransportConfig { datapath: DatapathChoice::AfXdp, ..Default::default() };
+        assert_eq!(config.validate().expect_err("no interface").key, "interface");
+    }
+}

@@ -1,0 +1,580 @@
+//! The engine: its builder, its shards' threads, connect, accept, shut down.
+
+use std::any::Any;
+use std::net::SocketAddrV6;
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use crossbeam::queue::SegQueue;
+use event_listener::Event;
+use futures_channel::oneshot;
+use quinn_proto::VarInt;
+use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+
+use crate::app::ShardApp;
+use crate::clock::SystemClock;
+use crate::config::TransportConfig;
+use crate::connection::Connection;
+use crate::datapath::open::{self, Opened};
+use crate::datapath::{Capabilities, Datapath, DatapathCounters};
+use crate::error::{ConnectError, ConnectionError, StartError};
+use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp};
+use crate::metrics::{ShardCounters, ShardMetrics};
+use crate::proto::cid::CidKey;
+use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
+use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
+use crate::shard::{Shard, Siblings, worker};
+
+type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
+
+/// A client that knocked and waits for an answer.
+pub(crate) struct Offer {
+    shard: usize,
+    key: usize,
+    remote: SocketAddrV6,
+    validated: bool,
+}
+
+/// What the engine's handles and its shards share.
+pub(crate) struct EngineShared {
+    mailboxes: Arc<[Mailbox]>,
+    offers: SegQueue<Offer>,
+    offered: Event,
+    shards_running: AtomicUsize,
+    ended: Event,
+    next_shard: AtomicUsize,
+}
+
+impl EngineShared {
+    pub(crate) fn new(mailboxes: Arc<[Mailbox]>) -> Self {
+        Self {
+            shards_running: AtomicUsize::new(mailboxes.len()),
+            mailboxes,
+            offers: SegQueue::new(),
+            offered: Event::new(),
+            ended: Event::new(),
+            next_shard: AtomicUsize::new(0),
+        }
+    }
+
+    pub(crate) fn mailbox(&self, shard: usize) -> Mailbox {
+        self.mailboxes[shard].clone()
+    }
+
+    /// Offers a client to whoever accepts.
+    pub(crate) fn offer(&self, shard: usize, key: usize, remote: SocketAddrV6, validated: bool) {
+        self.offers.push(Offer { shard, key, remote, validated });
+        self.offered.notify(1);
+    }
+
+    pub(crate) fn shard_ended(&self) {
+        // AcqRel: whoever sees zero sees everything that the shards did.
+        self.shards_running.fetch_sub(1, AcqRel);
+        self.ended.notify(usize::MAX);
+        self.offered.notify(usize::MAX);
+    }
+
+    fn is_running(&self) -> bool {
+        self.shards_running.load(Acquire) > 0
+    }
+}
+
+/// Builds an [`Engine`].
+#[derive(Default)]
+pub struct Builder {
+    config: TransportConfig,
+    identity: QuicIdentity,
+    app: Option<AppFactory>,
+    cid_key: Option<CidKey>,
+}
+
+impl Builder {
+    /// The settings and limits.
+    #[must_use]
+    pub fn config(mut self, config: TransportConfig) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// Accept connections with this TLS configuration.
+    #[must_use]
+    pub fn server(mut self, tls: Arc<QuicServerConfig>) -> Self {
+        self.identity.server = Some(tls);
+        self
+    }
+
+    /// Make connections with this TLS configuration.
+    #[must_use]
+    pub fn client(mut self, tls: Arc<QuicClientConfig>) -> Self {
+        self.identity.client = Some(tls);
+        self
+    }
+
+    /// Runs this application on every shard; `make` is called once per shard with its number.
+    /// Clients that knock go to it instead of [`Engine::accept`].
+    #[must_use]
+    pub fn app<A: ShardApp>(mut self, mut make: impl FnMut(usize) -> A + Send + 'static) -> Self {
+        self.app = Some(Box::new(move |shard| Box::new(make(shard))));
+        self
+    }
+
+    /// The key that hides shards in connection IDs; engines behind one balancer share it.
+    #[must_use]
+    pub fn cid_key(mut self, key: CidKey) -> Self {
+        self.cid_key = Some(key);
+        self
+    }
+
+    /// Opens the datapath and starts the shards.
+    ///
+    /// # Errors
+    /// A setting, the datapath, a core or the system refused; nothing is left behind.
+    pub fn start(self) -> Result<Engine, StartError> {
+        let Self { config, mut identity, app, cid_key } = self;
+        config.validate()?;
+        let mut secret = [0; 64];
+        aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
+        // All shards share the keys: a token or a reset is good whichever shard sees it.
+        identity.reset_key.get_or_insert_with(|| {
+            Arc::new(aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &secret[..32]))
+        });
+        identity.token_key.get_or_insert_with(|| {
+            let salt = aws_lc_rs::hkdf::Salt::new(aws_lc_rs::hkdf::HKDF_SHA256, &[]);
+            Arc::new(salt.extract(&secret[32..]))
+        });
+        let opened = open::open(&config)?;
+        let mailboxes: Arc<[Mailbox]> = (0..config.shards)
+            .map(|_| Mailbox::new(config.mailbox_capacity))
+            .collect::<std::io::Result<_>>()
+            .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
+        let starter = Starter {
+            shared: Arc::new(EngineShared::new(mailboxes.clone())),
+            siblings: Siblings { mailboxes, cid_key: cid_key.unwrap_or_else(CidKey::random) },
+            cores: cores(&config)?,
+            config: Arc::new(config),
+            identity,
+            app,
+            threads: Vec::new(),
+            metrics: Vec::new(),
+            capabilities: Vec::new(),
+        };
+        starter.start(opened)
+    }
+}
+
+/// The core of each shard; `None` leaves the choice to the scheduler.
+fn cores(config: &TransportConfig) -> Result<Vec<Option<core_affinity::CoreId>>, StartError> {
+    let allowed = core_affinity::get_core_ids().unwrap_or_default();
+    let mut chosen = Vec::with_capacity(config.shards);
+    for shard in 0..config.shards {
+        let Some(core) = config.cores.get(shard).copied() else {
+            // More shards than cores share them; the scheduler places those.
+            chosen.push((config.shards <= allowed.len()).then(|| allowed[shard]));
+            continue;
+        };
+        let Some(id) = allowed.iter().find(|id| id.id == core) else {
+            let ids: Vec<usize> = allowed.iter().map(|id| id.id).collect();
+            let reason = format!(
+                "this process may run on cores {ids:?} only (see `taskset -p` and the cgroup's cpuset.cpus)"
+            );
+            return Err(StartError::Core { core, shard, reason });
+        };
+        chosen.push(Some(*id));
+    }
+    Ok(chosen)
+}
+
+struct Starter {
+    shared: Arc<EngineShared>,
+    siblings: Siblings,
+    config: Arc<TransportConfig>,
+    identity: QuicIdentity,
+    app: Option<AppFactory>,
+    cores: Vec<Option<core_affinity::CoreId>>,
+    threads: Vec<JoinHandle<()>>,
+    metrics: Vec<Arc<ShardMetrics>>,
+    capabilities: Vec<Capabilities>,
+}
+
+impl Starter {
+    fn start(mut self, opened: Opened) -> Result<Engine, StartError> {
+        let local = opened.local_addr();
+        let reasons = opened.reasons.clone();
+        let xdp = opened.xdp.clone();
+        let result = match opened.datapaths {
+            open::Datapaths::AfXdp(paths) => self.spawn_all(paths),
+            open::Datapaths::Socket(paths) => self.spawn_all(paths),
+        };
+        let engine = Engine {
+            shared: self.shared,
+            threads: Mutex::new(self.threads),
+            metrics: self.metrics,
+            capabilities: self.capabilities,
+            local,
+            reasons,
+            xdp,
+        };
+        // An engine that started in part is dropped here, which ends its shards.
+        result.map(|()| engine)
+    }
+
+    fn spawn_all<D: Datapath + Send + 'static>(&mut self, paths: Vec<D>) -> Result<(), StartError> {
+        let total = self.config.shards;
+        for (shard, datapath) in paths.into_iter().enumerate() {
+            if let Err(error) = self.spawn(shard, datapath) {
+                for _ in shard..total {
+                    self.shared.shard_ended();
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn spawn<D: Datapath + Send + 'static>(
+        &mut self,
+        shard: usize,
+        datapath: D,
+    ) -> Result<(), StartError> {
+        let capabilities = datapath.capabilities().clone();
+        tracing::info!(
+            shard,
+            datapath = capabilities.kind.name(),
+            mode = capabilities.mode,
+            interface = capabilities.interface,
+            queue = capabilities.queue,
+            "shard starts"
+        );
+        self.capabilities.push(capabilities);
+        let metrics = Arc::new(ShardMetrics::default());
+        self.metrics.push(metrics.clone());
+        let mut seed = [0; 32];
+        aws_lc_rs::rand::fill(&mut seed).expect("the system gives randomness");
+        let probe = SocketAddrV6::new(*self.config.bind.ip(), 1, 0, self.config.bind.scope_id());
+        let setup = ProtocolSetup {
+            config: self.config.clone(),
+            identity: self.identity.clone(),
+            cid_key: self.siblings.cid_key.clone(),
+            shard,
+            mailbox: self.siblings.mailboxes[shard].clone(),
+            mtu_bytes: datapath.max_udp_payload(&probe),
+            seed,
+        };
+        let app = self.app.as_mut().map(|make| make(shard));
+        let shared = self.shared.clone();
+        let siblings = self.siblings.clone();
+        let core = self.cores[shard];
+        let spin = Duration::from_micros(self.config.spin_us);
+        let thread = std::thread::Builder::new()
+            .name(format!("stoq-shard-{shard}"))
+            .spawn(move || {
+                if let Some(core) = core {
+                    if !core_affinity::set_for_current(core) {
+                        tracing::warn!(shard, core = core.id, "could not pin the shard's thread");
+                    }
+                }
+                let proto = Protocol::new(setup, std::time::Instant::now());
+                let mailbox = siblings.mailboxes[shard].clone();
+                let handles = HandleApp::new(shared);
+                let shard = Shard::new(
+                    datapath,
+                    SystemClock,
+                    proto,
+                    handles,
+                    app,
+                    mailbox,
+                    siblings,
+                    metrics,
+                );
+                worker::run(shard, spin);
+            })
+            .map_err(|source| StartError::System { what: "thread for a shard", source })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+}
+
+/// Counters of one shard and its datapath.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ShardStats {
+    /// What the shard did.
+    pub shard: ShardCounters,
+    /// What its datapath carried.
+    pub datapath: DatapathCounters,
+}
+
+/// A running engine. Dropped, it closes every connection at once and ends its threads.
+pub struct Engine {
+    shared: Arc<EngineShared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    metrics: Vec<Arc<ShardMetrics>>,
+    capabilities: Vec<Capabilities>,
+    local: SocketAddrV6,
+    reasons: Vec<String>,
+    xdp: Option<open::XdpHandle>,
+}
+
+impl Engine {
+    /// Begins an engine.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// The address that it is bound to.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddrV6 {
+        self.local
+    }
+
+    /// Whether at least one shard runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.shared.is_running()
+    }
+
+    /// What carries each shard.
+    #[must_use]
+    pub fn datapaths(&self) -> &[Capabilities] {
+        &self.capabilities
+    }
+
+    /// Why this datapath was chosen, and why better ones were not.
+    #[must_use]
+    pub fn datapath_reasons(&self) -> &[String] {
+        &self.reasons
+    }
+
+    /// Connects to a peer with the engine's client configuration; shards take turns.
+    ///
+    /// `server_name` is what the peer's certificate must show: a DNS name or an IPv6 address.
+    pub fn connect(&self, remote: SocketAddrV6, server_name: &str) -> Connecting {
+        self.connect_on(self.shared.next_shard.fetch_add(1, Relaxed), remote, server_name, None)
+    }
+
+    /// Connects with a client configuration of its own.
+    pub fn connect_with(
+        &self,
+        remote: SocketAddrV6,
+        server_name: &str,
+        tls: Arc<QuicClientConfig>,
+    ) -> Connecting {
+        let config = quinn_proto::ClientConfig::new(tls);
+        let shard = self.shared.next_shard.fetch_add(1, Relaxed);
+        self.connect_on(shard, remote, server_name, Some(config))
+    }
+
+    fn connect_on(
+        &self,
+        shard: usize,
+        remote: SocketAddrV6,
+        server_name: &str,
+        config: Option<quinn_proto::ClientConfig>,
+    ) -> Connecting {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Connect {
+            remote,
+            server_name: server_name.to_owned(),
+            config,
+            reply: ConnectReply(reply),
+        };
+        let mailbox = &self.shared.mailboxes[shard % self.shared.mailboxes.len()];
+        if let Err(Command::Connect { reply, .. }) = mailbox.push(command) {
+            let stopped = !self.shared.is_running();
+            reply.fail(if stopped { ConnectError::EngineStopped } else { ConnectError::Busy });
+        }
+        Connecting { answer }
+    }
+
+    /// The next client that knocks; `None` when the engine has ended. Cancel-safe.
+    pub async fn accept(&self) -> Option<Incoming> {
+        loop {
+            let listener = self.shared.offered.listen();
+            if let Some(offer) = self.shared.offers.pop() {
+                return Some(Incoming { offer: Some(offer), shared: self.shared.clone() });
+            }
+            if !self.shared.is_running() {
+                return None;
+            }
+            listener.await;
+        }
+    }
+
+    /// Sends a message to the application on a shard.
+    ///
+    /// # Errors
+    /// Gives the message back when the shard's mailbox is full or the engine has ended.
+    pub fn send_to_app(
+        &self,
+        shard: usize,
+        message: Box<dyn Any + Send>,
+    ) -> Result<(), Box<dyn Any + Send>> {
+        match self.shared.mailboxes[shard].push(Command::App(message)) {
+            Err(Command::App(message)) => Err(message),
+            _ => Ok(()),
+        }
+    }
+
+    /// Number of shards.
+    #[must_use]
+    pub fn shards(&self) -> usize {
+        self.metrics.len()
+    }
+
+    /// Counters of every shard. Costs the shards nothing.
+    #[must_use]
+    pub fn stats(&self) -> Vec<ShardStats> {
+        self.metrics
+            .iter()
+            .map(|metrics| ShardStats { shard: metrics.shard(), datapath: metrics.datapath() })
+            .collect()
+    }
+
+    /// The XDP program's counters by name, where it runs.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn xdp_counters(&self) -> Option<Result<Vec<(&'static str, u64)>, String>> {
+        self.xdp.as_ref().map(open::XdpHandle::counters)
+    }
+
+    /// Stops accepting, lets streams go on for `grace`, closes what is left with `code` and
+    /// `reason`, and waits for the end. Connections that had to be cut off are reported.
+    pub async fn shutdown(self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
+        let before = self.order_shutdown(grace, code, reason);
+        loop {
+            let listener = self.shared.ended.listen();
+            if !self.shared.is_running() {
+                break;
+            }
+            listener.await;
+        }
+        self.join();
+        before
+    }
+
+    /// As [`shutdown`](Self::shutdown), blocking this thread.
+    pub fn shutdown_blocking(self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
+        let report = self.order_shutdown(grace, code, reason);
+        self.join();
+        report
+    }
+
+    fn order_shutdown(&self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
+        let connections = self.stats().iter().map(|stats| stats.shard.connections).sum();
+        let order = ShutdownOrder { code, reason: Bytes::copy_from_slice(reason), grace };
+        for mailbox in self.shared.mailboxes.iter() {
+            let mut command = Command::Shutdown(order.clone());
+            // A full mailbox empties with the shard's next turn; a stopped shard needs no order.
+            while let Err(back) = mailbox.push(command) {
+                if !self.shared.is_running() {
+                    break;
+                }
+                command = back;
+                std::thread::yield_now();
+            }
+        }
+        ShutdownReport { connections_at_order: connections }
+    }
+
+    fn join(&self) {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a shard's thread panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if self.shared.is_running() {
+            self.order_shutdown(Duration::ZERO, VarInt::from_u32(0), b"");
+        }
+        self.join();
+    }
+}
+
+/// What a shutdown found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ShutdownReport {
+    /// Connections that existed when the order was given.
+    pub connections_at_order: u64,
+}
+
+/// A connection attempt; resolves when the handshake is complete. Dropped, it is abandoned.
+#[must_use = "a dropped attempt is abandoned"]
+pub struct Connecting {
+    answer: oneshot::Receiver<Result<Connection, ConnectionError>>,
+}
+
+impl Future for Connecting {
+    type Output = Result<Connection, ConnectionError>;
+
+    fn poll(mut self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        std::pin::Pin::new(&mut self.answer)
+            .poll(cx)
+            .map(|answer| answer.unwrap_or(Err(ConnectionError::EngineStopped)))
+    }
+}
+
+/// A client that knocks. Dropped without a decision, it is refused.
+pub struct Incoming {
+    offer: Option<Offer>,
+    shared: Arc<EngineShared>,
+}
+
+impl Incoming {
+    /// The client's address, validated or not.
+    #[must_use]
+    pub fn remote_address(&self) -> SocketAddrV6 {
+        self.offer.as_ref().expect("taken only by a decision").remote
+    }
+
+    /// Whether the client has proved that it receives packets at its address.
+    #[must_use]
+    pub fn remote_address_validated(&self) -> bool {
+        self.offer.as_ref().expect("taken only by a decision").validated
+    }
+
+    /// Goes on with the handshake.
+    pub fn accept(mut self) -> Connecting {
+        let (reply, answer) = oneshot::channel();
+        self.decide(Decision::Accept(reply));
+        Connecting { answer }
+    }
+
+    /// Refuses the client with CONNECTION_REFUSED.
+    pub fn refuse(mut self) {
+        self.decide(Decision::Refuse);
+    }
+
+    /// Asks the client to prove its address (RFC 9000 §8.1.2). One that has already is refused.
+    pub fn retry(mut self) {
+        self.decide(Decision::Retry);
+    }
+
+    /// Forgets the client without an answer.
+    pub fn ignore(mut self) {
+        self.decide(Decision::Ignore);
+    }
+
+    fn decide(&mut self, decision: Decision) {
+        if let Some(Offer { shard, key, .. }) = self.offer.take() {
+            self.shared.mailboxes[shard].notify(HandleCommand::Incoming { key, decision });
+        }
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.decide(Decision::Refuse);
+    }
+}

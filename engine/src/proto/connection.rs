@@ -1,0 +1,310 @@
+//! One connection as the shard sees it: quinn-proto's state machine, its gate, its pacer.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quinn_proto::{Connection, FrameStats};
+
+use super::Owner;
+use super::congestion::{CcState, Gated};
+use super::pacing::Pacer;
+use crate::app::ConnId;
+
+/// ACK-eliciting packets after which an ACK must leave although data may not (RFC 9000 §13.2.2).
+const ACK_ELICITING_FRAMES_MAX: u64 = 2;
+/// The longest that an owed ACK waits behind a closed gate (RFC 9000 §18.2, max_ack_delay's default).
+const OWED_ACK_DELAY_MAX: Duration = Duration::from_millis(25);
+/// Quantum while the controller names no rate: two packets, at most 64 kB (see bbr's send_quantum).
+const QUANTUM_BYTES_MAX: u64 = 64 * 1024;
+
+/// Whether a connection may put data into the next packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gate {
+    /// It may.
+    Open,
+    /// The congestion window is full: an ACK or a timer opens it.
+    Window,
+    /// The pacer holds it until then.
+    Paced(Instant),
+}
+
+/// Statistics of one connection; counters are totals.
+#[derive(Debug, Clone, Copy, Default)]
+#[non_exhaustive]
+pub struct ConnectionStats {
+    /// Smoothed round-trip time.
+    pub rtt: Duration,
+    /// Smallest round-trip time seen.
+    pub min_rtt: Duration,
+    /// Congestion window, bytes.
+    pub cwnd_bytes: u64,
+    /// Bytes in flight.
+    pub inflight_bytes: u64,
+    /// Rate at which the pacer releases packets, bits/s; 0 while there is no RTT sample.
+    pub pacing_rate_bps: u64,
+    /// Largest UDP payload that the path carries now, bytes.
+    pub mtu_bytes: u16,
+    /// Packets sent.
+    pub packets_sent: u64,
+    /// Packets declared lost.
+    pub packets_lost: u64,
+    /// Bytes declared lost.
+    pub bytes_lost: u64,
+    /// Congestion events (losses and ECN).
+    pub congestion_events: u64,
+    /// Path MTU probes that were lost; not counted as lost packets.
+    pub mtu_probes_lost: u64,
+    /// Times that the path stopped carrying its MTU.
+    pub black_holes: u64,
+    /// UDP payload bytes sent.
+    pub udp_tx_bytes: u64,
+    /// UDP datagrams sent.
+    pub udp_tx_datagrams: u64,
+    /// UDP payload bytes received.
+    pub udp_rx_bytes: u64,
+    /// UDP datagrams received.
+    pub udp_rx_datagrams: u64,
+    /// ACK frames sent.
+    pub acks_sent: u64,
+    /// ACK frames received.
+    pub acks_received: u64,
+}
+
+impl ConnectionStats {
+    /// As numbers, for publication to other threads; times in nanoseconds.
+    pub(crate) fn to_array(self) -> [u64; 18] {
+        [
+            self.rtt.as_nanos() as u64,
+            self.min_rtt.as_nanos() as u64,
+            self.cwnd_bytes,
+            self.inflight_bytes,
+            self.pacing_rate_bps,
+            u64::from(self.mtu_bytes),
+            self.packets_sent,
+            self.packets_lost,
+            self.bytes_lost,
+            self.congestion_events,
+            self.mtu_probes_lost,
+            self.black_holes,
+            self.udp_tx_bytes,
+            self.udp_tx_datagrams,
+            self.udp_rx_bytes,
+            self.udp_rx_datagrams,
+            self.acks_sent,
+            self.acks_received,
+        ]
+    }
+
+    pub(crate) fn from_array(values: [u64; 18]) -> Self {
+        let [rtt, min_rtt, cwnd_bytes, inflight_bytes, pacing_rate_bps, mtu, rest @ ..] = values;
+        let [packets_sent, packets_lost, bytes_lost, congestion_events, probes, rest @ ..] = rest;
+        let [black_holes, udp_tx_bytes, udp_tx_datagrams, udp_rx_bytes, rest @ ..] = rest;
+        let [udp_rx_datagrams, acks_sent, acks_received] = rest;
+        Self {
+            rtt: Duration::from_nanos(rtt),
+            min_rtt: Duration::from_nanos(min_rtt),
+            cwnd_bytes,
+            inflight_bytes,
+            pacing_rate_bps,
+            mtu_bytes: mtu as u16,
+            packets_sent,
+            packets_lost,
+            bytes_lost,
+            congestion_events,
+            mtu_probes_lost: probes,
+            black_holes,
+            udp_tx_bytes,
+            udp_tx_datagrams,
+            udp_rx_bytes,
+            udp_rx_datagrams,
+            acks_sent,
+            acks_received,
+        }
+    }
+}
+
+pub(crate) struct Conn {
+    pub(crate) inner: Connection,
+    pub(crate) id: ConnId,
+    pub(crate) owner: Owner,
+    pub(crate) touched: bool,
+    pub(crate) tx_queued: bool,
+    pub(crate) handshake_deadline: Option<Instant>,
+    pub(crate) closed_reported: bool,
+    /// quinn-proto's endpoint has forgotten it.
+    pub(crate) drained: bool,
+    /// Something arrived since `owes_ack` last looked.
+    pub(crate) rx_since_ack_check: bool,
+    cc: Arc<CcState>,
+    path: SocketAddr,
+    pacer: Pacer,
+    paced_until: Option<Instant>,
+    acks_sent: u64,
+    eliciting_at_ack: u64,
+    owed_since: Option<Instant>,
+}
+
+impl Conn {
+    pub(crate) fn new(
+        inner: Connection,
+        id: ConnId,
+        owner: Owner,
+        now: Instant,
+        handshake_deadline: Instant,
+    ) -> Self {
+        Self {
+            cc: Gated::state_of(&inner),
+            path: inner.remote_address(),
+            inner,
+            id,
+            owner,
+            touched: false,
+            tx_queued: false,
+            handshake_deadline: Some(handshake_deadline),
+            closed_reported: false,
+            drained: false,
+            rx_since_ack_check: false,
+            pacer: Pacer::new(now),
+            paced_until: None,
+            acks_sent: 0,
+            eliciting_at_ack: 0,
+            owed_since: None,
+        }
+    }
+
+    /// The rate and quantum of the pacer, bytes/s and bytes.
+    fn pacing(&self) -> (u64, u64) {
+        let rate = self.cc.pacing_rate_bytes_per_s().unwrap_or_else(|| {
+            // RFC 9002 §7.7: N × cwnd / smoothed_rtt, N = 1.25.
+            let rtt_ns = self.inner.rtt().as_nanos().max(1);
+            let cwnd = u128::from(self.cc.cwnd_bytes());
+            u64::try_from(cwnd * 1_250_000_000 / rtt_ns).unwrap_or(u64::MAX)
+        });
+        let packet = u64::from(self.inner.current_mtu());
+        // 1 ms of rate within two packets and 64 kB (draft-ietf-ccwg-bbr, send_quantum).
+        (rate, (rate / 1000).clamp(2 * packet, QUANTUM_BYTES_MAX.max(2 * packet)))
+    }
+
+    /// Decides about the next packet, and tells quinn-proto.
+    pub(crate) fn gate(&mut self, now: Instant) -> Gate {
+        if self.inner.remote_address() != self.path {
+            // A new path has a controller of its own (RFC 9000 §9.4).
+            self.path = self.inner.remote_address();
+            self.cc = Gated::state_of(&self.inner);
+            self.pacer = Pacer::new(now);
+        }
+        let packet = u64::from(self.inner.current_mtu());
+        let gate = if self.cc.inflight_bytes() + packet > self.cc.cwnd_bytes() {
+            Gate::Window
+        } else {
+            let (rate, quantum) = self.pacing();
+            match self.pacer.blocked_until(now, rate, quantum) {
+                Some(until) => Gate::Paced(until),
+                None => Gate::Open,
+            }
+        };
+        self.paced_until = match gate {
+            Gate::Paced(until) => Some(until),
+            _ => None,
+        };
+        self.cc.set_gate(gate == Gate::Open);
+        gate
+    }
+
+    /// Opens the gate for the one packet that carries an owed ACK.
+    ///
+    /// With the gate closed quinn-proto sends an ACK when nothing else is queued,
+    /// but nothing at all while data is queued; a bidirectional transfer would
+    /// then starve. Only asked when the gate is closed and nothing was sent.
+    pub(crate) fn open_for_owed_ack(&mut self, now: Instant) -> bool {
+        if !self.rx_since_ack_check && self.owed_since.is_none() {
+            return false;
+        }
+        self.rx_since_ack_check = false;
+        let stats = self.inner.stats();
+        let eliciting = ack_eliciting(&stats.frame_rx);
+        if stats.frame_tx.acks != self.acks_sent {
+            self.acks_sent = stats.frame_tx.acks;
+            self.eliciting_at_ack = eliciting;
+            self.owed_since = None;
+        }
+        let owed = eliciting - self.eliciting_at_ack;
+        if owed == 0 {
+            return false;
+        }
+        let since = *self.owed_since.get_or_insert(now);
+        if owed < ACK_ELICITING_FRAMES_MAX && now < since + OWED_ACK_DELAY_MAX {
+            return false;
+        }
+        self.eliciting_at_ack = eliciting;
+        self.owed_since = None;
+        self.cc.set_gate(true);
+        true
+    }
+
+    /// Accounts for a datagram that left.
+    pub(crate) fn on_transmit(&mut self, now: Instant, bytes: u64) {
+        let (rate, _) = self.pacing();
+        self.pacer.on_sent(now, bytes, rate);
+    }
+
+    /// The earliest of quinn-proto's timeout, the handshake's deadline, the pacer and an owed ACK.
+    pub(crate) fn next_deadline(&mut self) -> Option<Instant> {
+        let owed = self.owed_since.map(|since| since + OWED_ACK_DELAY_MAX);
+        [self.inner.poll_timeout(), self.handshake_deadline, self.paced_until, owed]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    pub(crate) fn stats(&self) -> ConnectionStats {
+        let stats = self.inner.stats();
+        ConnectionStats {
+            rtt: stats.path.rtt,
+            min_rtt: stats.path.min_rtt,
+            cwnd_bytes: self.cc.cwnd_bytes(),
+            inflight_bytes: self.cc.inflight_bytes(),
+            pacing_rate_bps: self.pacing().0.saturating_mul(8),
+            mtu_bytes: stats.path.current_mtu,
+            packets_sent: stats.path.sent_packets,
+            packets_lost: stats.path.lost_packets,
+            bytes_lost: stats.path.lost_bytes,
+            congestion_events: stats.path.congestion_events,
+            mtu_probes_lost: stats.path.lost_plpmtud_probes,
+            black_holes: stats.path.black_holes_detected,
+            udp_tx_bytes: stats.udp_tx.bytes,
+            udp_tx_datagrams: stats.udp_tx.datagrams,
+            udp_rx_bytes: stats.udp_rx.bytes,
+            udp_rx_datagrams: stats.udp_rx.datagrams,
+            acks_sent: stats.frame_tx.acks,
+            acks_received: stats.frame_rx.acks,
+        }
+    }
+}
+
+/// Frames received that ask for an ACK (RFC 9000 §13.2): all but ACK, PADDING and CONNECTION_CLOSE.
+fn ack_eliciting(frames: &FrameStats) -> u64 {
+    frames.stream
+        + frames.datagram
+        + frames.ping
+        + frames.crypto
+        + frames.max_data
+        + frames.max_stream_data
+        + frames.max_streams_bidi
+        + frames.max_streams_uni
+        + frames.data_blocked
+        + frames.stream_data_blocked
+        + frames.streams_blocked_bidi
+        + frames.streams_blocked_uni
+        + frames.new_connection_id
+        + frames.retire_connection_id
+        + frames.new_token
+        + frames.path_challenge
+        + frames.path_response
+        + frames.reset_stream
+        + frames.stop_sending
+        + frames.ack_frequency
+        + frames.immediate_ack
+        + u64::from(frames.handshake_done)
+}

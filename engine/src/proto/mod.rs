@@ -1,0 +1,632 @@
+//! The protocol of one shard: quinn-proto's `Endpoint` and its connections.
+//!
+//! Sans-I/O: datagrams and times come in, datagrams and events go out, and the
+//! shard ([`crate::shard`]) decides when. Per connection the order is: every
+//! `handle_*` of a batch first, then endpoint events, then application events,
+//! then `poll_transmit` until it is blocked, then the timeout.
+
+pub mod bbr;
+pub mod cid;
+pub(crate) mod congestion;
+mod connection;
+pub(crate) mod pacing;
+pub(crate) mod timers;
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quinn_proto::{
+    ClientConfig, Connection, ConnectionHandle, DatagramEvent, EcnCodepoint, Endpoint,
+    EndpointConfig, Event, ServerConfig, Transmit,
+};
+
+use crate::app::{ConnId, Incoming};
+use crate::config::{RetryPolicy, TX_RESPONSES_QUEUED_MAX, TransportConfig};
+use crate::datapath::{Ecn, RxDatagram, TxMeta};
+use crate::error::{ConnectError, ConnectionError};
+use crate::metrics::ShardCounters;
+
+pub use connection::ConnectionStats;
+pub(crate) use connection::{Conn, Gate};
+
+/// Who is told what happens on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Owner {
+    /// The async handles.
+    Handles,
+    /// The application on the shard.
+    App,
+}
+
+/// The server's and client's cryptographic set-up, shared by all shards.
+#[derive(Clone, Default)]
+pub(crate) struct QuicIdentity {
+    pub(crate) server: Option<Arc<dyn quinn_proto::crypto::ServerConfig>>,
+    pub(crate) client: Option<Arc<dyn quinn_proto::crypto::ClientConfig>>,
+    pub(crate) token_key: Option<Arc<dyn quinn_proto::crypto::HandshakeTokenKey>>,
+    pub(crate) reset_key: Option<Arc<dyn quinn_proto::crypto::HmacKey>>,
+}
+
+/// What the shard must do for one connection after its events were handled.
+pub(crate) enum AppEvent {
+    /// quinn-proto's own.
+    Quic(Event),
+    /// The connection is gone; its slot was freed.
+    Drained {
+        /// Whether the application was told before.
+        reported: bool,
+    },
+}
+
+/// Stateless reply that waits for room in the TX ring.
+pub(crate) struct Response {
+    pub(crate) meta: TxMeta,
+    pub(crate) payload: Vec<u8>,
+}
+
+/// Endpoint, connections, timers and queues of one shard.
+pub(crate) struct Protocol {
+    endpoint: Endpoint,
+    conns: Vec<Option<Box<Conn>>>,
+    generation: u32,
+    live: usize,
+    handshaking: usize,
+    touched: Vec<u32>,
+    tx_queue: VecDeque<u32>,
+    pub(crate) responses: VecDeque<Response>,
+    timers: timers::TimerWheel,
+    app_timers: BinaryHeap<Reverse<(Instant, Owner, u64)>>,
+    expired: Vec<u32>,
+    response_buffer: Vec<u8>,
+    config: Arc<TransportConfig>,
+    transport: Arc<quinn_proto::TransportConfig>,
+    client: Option<ClientConfig>,
+    shard: usize,
+    pub(crate) mailbox: crate::shard::mailbox::Mailbox,
+    accepting: bool,
+    pub(crate) counters: ShardCounters,
+}
+
+/// Everything that a shard's protocol is made of.
+pub(crate) struct ProtocolSetup {
+    pub(crate) config: Arc<TransportConfig>,
+    pub(crate) identity: QuicIdentity,
+    pub(crate) cid_key: cid::CidKey,
+    pub(crate) shard: usize,
+    /// The shard's mailbox, for applications that send to themselves.
+    pub(crate) mailbox: crate::shard::mailbox::Mailbox,
+    /// Largest UDP payload that the datapath carries.
+    pub(crate) mtu_bytes: u16,
+    /// Seed of this shard's randomness; fixed in simulations.
+    pub(crate) seed: [u8; 32],
+}
+
+impl Protocol {
+    pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
+        let ProtocolSetup { config, identity, cid_key, shard, mailbox, mtu_bytes, seed } = setup;
+        let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
+        let transport = Arc::new(config.quic(mtu_bytes, cc_seed));
+        let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
+        let mut endpoint_config = EndpointConfig::new(reset_key);
+        endpoint_config
+            .max_udp_payload_size(crate::config::UDP_PAYLOAD_BYTES_MAX)
+            .expect("65527 is the largest allowed")
+            .rng_seed(Some(seed))
+            .cid_generator(move || {
+                let mut cid_seed = seed;
+                cid_seed[0] ^= 0x5a;
+                Box::new(cid::ShardCidGenerator::new(cid_key.clone(), shard as u8, cid_seed))
+            });
+        let server = identity.server.map(|crypto| {
+            let token_key = identity.token_key.clone().unwrap_or_else(|| random_token_key(&seed));
+            let mut server = ServerConfig::new(crypto, token_key);
+            server.transport_config(transport.clone()).max_incoming(config.incoming_max);
+            Arc::new(server)
+        });
+        let client = identity.client.map(|crypto| {
+            let mut client = ClientConfig::new(crypto);
+            client.transport_config(transport.clone());
+            client
+        });
+        Self {
+            accepting: server.is_some(),
+            endpoint: Endpoint::new(Arc::new(endpoint_config), server, true, Some(seed)),
+            conns: Vec::new(),
+            generation: 0,
+            live: 0,
+            handshaking: 0,
+            touched: Vec::new(),
+            tx_queue: VecDeque::new(),
+            responses: VecDeque::with_capacity(TX_RESPONSES_QUEUED_MAX),
+            timers: timers::TimerWheel::new(now),
+            app_timers: BinaryHeap::new(),
+            expired: Vec::new(),
+            response_buffer: Vec::with_capacity(2048),
+            config,
+            transport,
+            client,
+            shard,
+            mailbox,
+            counters: ShardCounters::default(),
+        }
+    }
+
+    pub(crate) fn shard_index(&self) -> usize {
+        self.shard
+    }
+
+    pub(crate) fn config(&self) -> &TransportConfig {
+        &self.config
+    }
+
+    /// Connections that exist, draining ones included.
+    pub(crate) fn live_connections(&self) -> usize {
+        self.live
+    }
+
+    /// Stops accepting clients.
+    pub(crate) fn stop_accepting(&mut self) {
+        self.accepting = false;
+    }
+
+    // --- datagrams in -------------------------------------------------------------
+
+    /// Gives one datagram to its connection, which is touched, or answers it
+    /// statelessly, or returns the client that knocks.
+    pub(crate) fn handle_datagram(
+        &mut self,
+        now: Instant,
+        datagram: RxDatagram,
+    ) -> Option<Incoming> {
+        let RxDatagram { remote, local, ecn, data } = datagram;
+        self.response_buffer.clear();
+        let event = self.endpoint.handle(
+            now,
+            SocketAddr::V6(remote),
+            Some(IpAddr::V6(local)),
+            ecn_to_quic(ecn),
+            data,
+            &mut self.response_buffer,
+        );
+        match event {
+            Some(DatagramEvent::ConnectionEvent(handle, event)) => {
+                let slot = handle.0;
+                match self.conns.get_mut(slot).and_then(Option::as_mut) {
+                    Some(conn) => {
+                        conn.inner.handle_event(event);
+                        conn.rx_since_ack_check = true;
+                        self.mark_touched(slot as u32);
+                    }
+                    None => self.counters.rx_drop_unknown_connection += 1,
+                }
+                None
+            }
+            Some(DatagramEvent::NewConnection(incoming)) => {
+                self.counters.incoming += 1;
+                self.screen(incoming)
+            }
+            Some(DatagramEvent::Response(transmit)) => {
+                self.counters.tx_stateless += 1;
+                self.push_response(&transmit);
+                None
+            }
+            None => {
+                self.counters.rx_drop_protocol += 1;
+                None
+            }
+        }
+    }
+
+    /// Applies the shard's own limits to a client before the application sees it.
+    fn screen(&mut self, incoming: quinn_proto::Incoming) -> Option<Incoming> {
+        if !self.accepting || self.live >= self.config.connections_per_shard_max {
+            self.counters.incoming_refused += 1;
+            self.refuse(incoming);
+            return None;
+        }
+        let demand = match self.config.retry {
+            RetryPolicy::Never => false,
+            RetryPolicy::Always => true,
+            RetryPolicy::UnderLoad => self.handshaking > self.config.incoming_max / 4,
+        };
+        if demand && !incoming.remote_address_validated() {
+            match self.retry(incoming) {
+                Ok(()) => return None,
+                Err(incoming) => return Some(Incoming(incoming)),
+            }
+        }
+        if self.handshaking >= self.config.incoming_max {
+            self.counters.incoming_refused += 1;
+            self.refuse(incoming);
+            return None;
+        }
+        Some(Incoming(incoming))
+    }
+
+    pub(crate) fn accept(
+        &mut self,
+        now: Instant,
+        incoming: quinn_proto::Incoming,
+        owner: Owner,
+    ) -> Result<ConnId, ConnectionError> {
+        self.response_buffer.clear();
+        let accepted = self.endpoint.accept(incoming, now, &mut self.response_buffer, None);
+        match accepted {
+            Ok((handle, connection)) => {
+                self.counters.accepted += 1;
+                Ok(self.insert(now, handle, connection, owner))
+            }
+            Err(error) => {
+                self.counters.incoming_failed += 1;
+                if let Some(response) = error.response {
+                    self.push_response(&response);
+                }
+                Err(error.cause.into())
+            }
+        }
+    }
+
+    pub(crate) fn refuse(&mut self, incoming: quinn_proto::Incoming) {
+        self.response_buffer.clear();
+        let transmit = self.endpoint.refuse(incoming, &mut self.response_buffer);
+        self.push_response(&transmit);
+    }
+
+    // The large error hands the client back; it lives on the stack for one call.
+    #[allow(clippy::result_large_err)]
+    pub(crate) fn retry(
+        &mut self,
+        incoming: quinn_proto::Incoming,
+    ) -> Result<(), quinn_proto::Incoming> {
+        self.response_buffer.clear();
+        match self.endpoint.retry(incoming, &mut self.response_buffer) {
+            Ok(transmit) => {
+                self.counters.retries += 1;
+                self.push_response(&transmit);
+                Ok(())
+            }
+            Err(error) => Err(error.into_incoming()),
+        }
+    }
+
+    pub(crate) fn ignore(&mut self, incoming: quinn_proto::Incoming) {
+        self.endpoint.ignore(incoming);
+    }
+
+    fn push_response(&mut self, transmit: &Transmit) {
+        if self.responses.len() >= TX_RESPONSES_QUEUED_MAX {
+            self.counters.tx_drop_responses += 1;
+            return;
+        }
+        let payload = self.response_buffer[..transmit.size].to_vec();
+        self.responses.push_back(Response { meta: tx_meta(transmit), payload });
+    }
+
+    // --- connections --------------------------------------------------------------
+
+    pub(crate) fn connect(
+        &mut self,
+        now: Instant,
+        remote: SocketAddrV6,
+        server_name: &str,
+        config: Option<ClientConfig>,
+        owner: Owner,
+    ) -> Result<ConnId, ConnectError> {
+        let ip = remote.ip();
+        if remote.port() == 0
+            || ip.is_unspecified()
+            || ip.is_multicast()
+            || ip.to_ipv4_mapped().is_some()
+        {
+            return Err(ConnectError::InvalidRemoteAddress(remote));
+        }
+        if self.live >= self.config.connections_per_shard_max {
+            return Err(ConnectError::TooManyConnections);
+        }
+        let config = match config {
+            Some(mut config) => {
+                config.transport_config(self.transport.clone());
+                config
+            }
+            None => self.client.clone().ok_or(ConnectError::NoClientConfig)?,
+        };
+        let (handle, connection) = self
+            .endpoint
+            .connect(now, config, SocketAddr::V6(remote), server_name)
+            .map_err(|error| match error {
+                quinn_proto::ConnectError::InvalidServerName(name) => {
+                    ConnectError::InvalidServerName(name)
+                }
+                quinn_proto::ConnectError::InvalidRemoteAddress(_) => {
+                    ConnectError::InvalidRemoteAddress(remote)
+                }
+                other => ConnectError::Protocol(other.to_string()),
+            })?;
+        self.counters.connects += 1;
+        Ok(self.insert(now, handle, connection, owner))
+    }
+
+    fn insert(
+        &mut self,
+        now: Instant,
+        handle: ConnectionHandle,
+        connection: Connection,
+        owner: Owner,
+    ) -> ConnId {
+        let slot = handle.0;
+        self.generation = self.generation.wrapping_add(1);
+        let id = ConnId { slot: slot as u32, generation: self.generation };
+        let deadline = now + Duration::from_millis(self.config.handshake_timeout_ms);
+        if slot >= self.conns.len() {
+            self.conns.resize_with(slot + 1, || None);
+        }
+        debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
+        self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline)));
+        self.live += 1;
+        self.handshaking += 1;
+        self.mark_touched(slot as u32);
+        id
+    }
+
+    pub(crate) fn connection(&self, id: ConnId) -> Option<&Connection> {
+        Some(&self.conn(id)?.inner)
+    }
+
+    pub(crate) fn conn(&self, id: ConnId) -> Option<&Conn> {
+        self.conns.get(id.slot as usize)?.as_deref().filter(|conn| conn.id == id)
+    }
+
+    /// The connection in a slot, whatever its generation.
+    pub(crate) fn conn_in_slot(&mut self, slot: u32) -> Option<&mut Conn> {
+        self.conns.get_mut(slot as usize)?.as_deref_mut()
+    }
+
+    /// The connection for a change by the application: its events are looked at
+    /// and it is polled for transmission in this turn.
+    pub(crate) fn touch(&mut self, id: ConnId) -> Option<&mut Connection> {
+        self.conn(id)?;
+        self.mark_touched(id.slot);
+        Some(&mut self.conns[id.slot as usize].as_mut()?.inner)
+    }
+
+    /// The connection for reading: polled for transmission only when credit must be sent.
+    pub(crate) fn touch_for_read(&mut self, id: ConnId) -> Option<&mut Connection> {
+        self.conn(id)?;
+        Some(&mut self.conns[id.slot as usize].as_mut()?.inner)
+    }
+
+    /// Polls the connection for transmission in this turn.
+    pub(crate) fn queue_transmit(&mut self, id: ConnId) {
+        if self.conn(id).is_some() {
+            self.queue_slot(id.slot);
+        }
+    }
+
+    pub(crate) fn stats(&self, id: ConnId) -> Option<ConnectionStats> {
+        self.conn(id).map(Conn::stats)
+    }
+
+    pub(crate) fn handshake_data(
+        &self,
+        id: ConnId,
+    ) -> Option<quinn_proto::crypto::rustls::HandshakeData> {
+        let data = self.connection(id)?.crypto_session().handshake_data()?;
+        data.downcast::<quinn_proto::crypto::rustls::HandshakeData>().ok().map(|data| *data)
+    }
+
+    pub(crate) fn peer_certificates(
+        &self,
+        id: ConnId,
+    ) -> Option<Vec<rustls_pki_types::CertificateDer<'static>>> {
+        let identity = self.connection(id)?.crypto_session().peer_identity()?;
+        identity.downcast().ok().map(|certificates| *certificates)
+    }
+
+    /// All live connection ids.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = ConnId> + '_ {
+        self.conns.iter().flatten().map(|conn| conn.id)
+    }
+
+    /// Our address changed: every client connection validates its path anew.
+    pub(crate) fn local_addresses_changed(&mut self) {
+        for slot in 0..self.conns.len() {
+            if let Some(conn) = &mut self.conns[slot] {
+                if conn.inner.side().is_client() && !conn.inner.is_handshaking() {
+                    conn.inner.local_address_changed();
+                    self.mark_touched(slot as u32);
+                }
+            }
+        }
+    }
+
+    // --- what is touched ----------------------------------------------------------
+
+    fn mark_touched(&mut self, slot: u32) {
+        if let Some(conn) = &mut self.conns[slot as usize] {
+            if !conn.touched {
+                conn.touched = true;
+                self.touched.push(slot);
+            }
+        }
+    }
+
+    fn queue_slot(&mut self, slot: u32) {
+        if let Some(conn) = &mut self.conns[slot as usize] {
+            if !conn.tx_queued {
+                conn.tx_queued = true;
+                self.tx_queue.push_back(slot);
+            }
+        }
+    }
+
+    /// The next connection whose events must be handled.
+    pub(crate) fn next_touched(&mut self) -> Option<u32> {
+        self.touched.pop()
+    }
+
+    /// The next event of a touched connection; after `None` it waits for transmission.
+    pub(crate) fn poll_event(&mut self, slot: u32) -> Option<(ConnId, Owner, AppEvent)> {
+        let conn = self.conns[slot as usize].as_mut()?;
+        let (id, owner) = (conn.id, conn.owner);
+        while let Some(event) = conn.inner.poll_endpoint_events() {
+            conn.drained |= event.is_drained();
+            if let Some(event) = self.endpoint.handle_event(ConnectionHandle(slot as usize), event)
+            {
+                conn.inner.handle_event(event);
+            }
+        }
+        if let Some(event) = conn.inner.poll() {
+            return Some((id, owner, AppEvent::Quic(event)));
+        }
+        conn.touched = false;
+        if conn.drained {
+            let reported = conn.closed_reported;
+            self.remove(slot);
+            return Some((id, owner, AppEvent::Drained { reported }));
+        }
+        self.queue_slot(slot);
+        None
+    }
+
+    /// Notes that the handshake is over, so that its deadline no longer counts.
+    pub(crate) fn handshake_over(&mut self, id: ConnId) {
+        if let Some(conn) = self.conn_in_slot(id.slot).filter(|conn| conn.id == id) {
+            if conn.handshake_deadline.take().is_some() {
+                self.handshaking -= 1;
+            }
+        }
+    }
+
+    /// Notes that the application was told of the end; `false` when it was before.
+    pub(crate) fn report_closed(&mut self, id: ConnId) -> bool {
+        match self.conn_in_slot(id.slot).filter(|conn| conn.id == id) {
+            Some(conn) => !std::mem::replace(&mut conn.closed_reported, true),
+            None => false,
+        }
+    }
+
+    fn remove(&mut self, slot: u32) {
+        if let Some(conn) = self.conns[slot as usize].take() {
+            self.live -= 1;
+            if conn.handshake_deadline.is_some() {
+                self.handshaking -= 1;
+            }
+            self.timers.cancel(slot);
+        }
+    }
+
+    // --- transmission and time ------------------------------------------------------
+
+    /// Connections that wait for transmission.
+    pub(crate) fn tx_queue_len(&self) -> usize {
+        self.tx_queue.len()
+    }
+
+    pub(crate) fn pop_tx(&mut self) -> Option<u32> {
+        let slot = self.tx_queue.pop_front()?;
+        if let Some(conn) = &mut self.conns[slot as usize] {
+            conn.tx_queued = false;
+        }
+        Some(slot)
+    }
+
+    pub(crate) fn requeue_tx(&mut self, slot: u32) {
+        self.queue_slot(slot);
+    }
+
+    /// Files the connection's next deadline, pacing included.
+    pub(crate) fn file_deadline(&mut self, slot: u32) {
+        let Some(conn) = &mut self.conns[slot as usize] else { return };
+        match conn.next_deadline() {
+            Some(deadline) => self.timers.set(slot, deadline),
+            None => self.timers.cancel(slot),
+        }
+    }
+
+    /// Runs every timer that is due; its connections are touched.
+    /// Returns the handshakes that took too long: the caller reports them.
+    pub(crate) fn expire(&mut self, now: Instant, too_slow: &mut Vec<ConnId>) {
+        let mut expired = std::mem::take(&mut self.expired);
+        self.timers.expire(now, &mut expired, crate::config::TIMERS_PER_TURN_MAX);
+        for slot in expired.drain(..) {
+            let Some(conn) = &mut self.conns[slot as usize] else { continue };
+            conn.inner.handle_timeout(now);
+            if conn.handshake_deadline.is_some_and(|deadline| deadline <= now) {
+                too_slow.push(conn.id);
+            }
+            self.mark_touched(slot);
+        }
+        self.expired = expired;
+    }
+
+    /// Sets an application timer.
+    pub(crate) fn set_app_timer(&mut self, at: Instant, token: u64, owner: Owner) {
+        self.app_timers.push(Reverse((at, owner, token)));
+    }
+
+    /// The next application timer that is due.
+    pub(crate) fn pop_app_timer(&mut self, now: Instant) -> Option<(Owner, u64)> {
+        let Reverse((at, owner, token)) = *self.app_timers.peek()?;
+        if at > now {
+            return None;
+        }
+        self.app_timers.pop();
+        Some((owner, token))
+    }
+
+    /// When the shard must turn again, if nothing arrives before.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        let app = self.app_timers.peek().map(|Reverse((at, ..))| *at);
+        match (self.timers.next_deadline(), app) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+}
+
+/// The IPv6 address inside quinn-proto's; IPv4 never gets in.
+pub(crate) fn v6(address: SocketAddr) -> SocketAddrV6 {
+    match address {
+        SocketAddr::V6(address) => address,
+        SocketAddr::V4(_) => unreachable!("every address enters the engine as SocketAddrV6"),
+    }
+}
+
+/// The datapath's terms for one of quinn-proto's datagrams.
+pub(crate) fn tx_meta(transmit: &Transmit) -> TxMeta {
+    TxMeta {
+        remote: v6(transmit.destination),
+        local: transmit.src_ip.and_then(|ip| match ip {
+            IpAddr::V6(ip) => Some(ip),
+            IpAddr::V4(_) => None,
+        }),
+        ecn: match transmit.ecn {
+            None => Ecn::NotEct,
+            Some(EcnCodepoint::Ect0) => Ecn::Ect0,
+            Some(EcnCodepoint::Ect1) => Ecn::Ect1,
+            Some(EcnCodepoint::Ce) => Ecn::Ce,
+        },
+    }
+}
+
+fn ecn_to_quic(ecn: Ecn) -> Option<EcnCodepoint> {
+    match ecn {
+        Ecn::NotEct => None,
+        Ecn::Ect0 => Some(EcnCodepoint::Ect0),
+        Ecn::Ect1 => Some(EcnCodepoint::Ect1),
+        Ecn::Ce => Some(EcnCodepoint::Ce),
+    }
+}
+
+/// A reset key from the shard's seed; engines share one over all shards.
+fn random_reset_key(seed: &[u8; 32]) -> Arc<dyn quinn_proto::crypto::HmacKey> {
+    Arc::new(aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, seed))
+}
+
+/// A token key from the shard's seed; engines share one over all shards.
+fn random_token_key(seed: &[u8; 32]) -> Arc<dyn quinn_proto::crypto::HandshakeTokenKey> {
+    Arc::new(aws_lc_rs::hkdf::Salt::new(aws_lc_rs::hkdf::HKDF_SHA256, &[]).extract(seed))
+}

@@ -1,0 +1,229 @@
+//! Where other threads reach a shard: bounded lock-free queues and one wake-up.
+//!
+//! Senders push, then look at the `parked` flag; only the first one after the
+//! shard went to sleep pays for a system call. The shard sets the flag, looks at
+//! its queues once more, and only then sleeps, so no wake-up is lost.
+
+use std::any::Any;
+use std::net::SocketAddrV6;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use crossbeam::queue::{ArrayQueue, SegQueue};
+use quinn_proto::VarInt;
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::config::HANDOFF_DATAGRAMS_MAX;
+use crate::datapath::RxDatagram;
+use crate::handles::Command as HandleCommand;
+
+/// What another thread asks of a shard.
+pub(crate) enum Command {
+    /// For the async handles.
+    Handles(HandleCommand),
+    /// For the application on the shard.
+    App(Box<dyn Any + Send>),
+    /// Start a connection for a handle.
+    Connect {
+        remote: SocketAddrV6,
+        server_name: String,
+        config: Option<quinn_proto::ClientConfig>,
+        reply: crate::handles::ConnectReply,
+    },
+    /// Stop: close everything with this code and reason by the deadline.
+    Shutdown(ShutdownOrder),
+}
+
+/// How a shard shall end.
+#[derive(Debug, Clone)]
+pub(crate) struct ShutdownOrder {
+    pub(crate) code: VarInt,
+    pub(crate) reason: Bytes,
+    /// How long streams may go on, from the order's arrival.
+    pub(crate) grace: std::time::Duration,
+}
+
+/// A mailbox that others push into; cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Mailbox {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    commands: ArrayQueue<Command>,
+    datagrams: ArrayQueue<RxDatagram>,
+    /// Notices that are bounded by construction: at most one per live handle object.
+    notices: SegQueue<HandleCommand>,
+    parked: AtomicBool,
+    stopped: AtomicBool,
+    pushing: AtomicUsize,
+    wake: OwnedFd,
+}
+
+impl Mailbox {
+    /// A mailbox for `capacity` commands.
+    ///
+    /// # Errors
+    /// When the system gives no eventfd.
+    pub(crate) fn new(capacity: usize) -> std::io::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                commands: ArrayQueue::new(capacity),
+                datagrams: ArrayQueue::new(HANDOFF_DATAGRAMS_MAX),
+                notices: SegQueue::new(),
+                parked: AtomicBool::new(false),
+                stopped: AtomicBool::new(false),
+                pushing: AtomicUsize::new(0),
+                wake,
+            }),
+        })
+    }
+
+    /// Pushes a command and wakes the shard; gives it back when the mailbox is full or the shard gone.
+    // The command is handed back whole so that its reply can be failed by the caller.
+    #[allow(clippy::result_large_err)]
+    pub(crate) fn push(&self, command: Command) -> Result<(), Command> {
+        // Counted before `stopped` is read, so that the shard's last drain waits for us.
+        self.inner.pushing.fetch_add(1, Ordering::SeqCst);
+        let result = if self.inner.stopped.load(Ordering::SeqCst) {
+            Err(command)
+        } else {
+            self.inner.commands.push(command)
+        };
+        self.inner.pushing.fetch_sub(1, Ordering::SeqCst);
+        if result.is_ok() {
+            self.wake();
+        }
+        result
+    }
+
+    /// Whether the shard has ended.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.inner.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Pushes a notice that must not fail; the caller keeps at most one per handle in the queue.
+    pub(crate) fn notify(&self, notice: HandleCommand) {
+        if !self.inner.stopped.load(Ordering::SeqCst) {
+            self.inner.notices.push(notice);
+            self.wake();
+        }
+    }
+
+    /// Hands a datagram over; gives it back when the other shard is too far behind.
+    // The datagram is handed back so that the caller counts what it drops.
+    #[allow(clippy::result_large_err)]
+    pub(crate) fn hand_over(&self, datagram: RxDatagram) -> Result<(), RxDatagram> {
+        self.inner.datagrams.push(datagram)
+    }
+
+    /// Wakes the shard if it sleeps.
+    pub(crate) fn wake(&self) {
+        // SeqCst against `prepare_to_park`: either the shard sees what was pushed,
+        // or we see that it is parked.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if self.inner.parked.load(Ordering::Relaxed)
+            && self.inner.parked.swap(false, Ordering::SeqCst)
+        {
+            // EAGAIN means that the counter is already high: the shard wakes up anyway.
+            let _woken_anyway = rustix::io::write(&self.inner.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    // --- the shard's side ----------------------------------------------------------
+
+    pub(crate) fn pop(&self) -> Option<Command> {
+        if let Some(notice) = self.inner.notices.pop() {
+            return Some(Command::Handles(notice));
+        }
+        self.inner.commands.pop()
+    }
+
+    pub(crate) fn pop_datagram(&self) -> Option<RxDatagram> {
+        self.inner.datagrams.pop()
+    }
+
+    /// Announces that the shard is about to sleep; `false` when something arrived meanwhile.
+    pub(crate) fn prepare_to_park(&self) -> bool {
+        self.inner.parked.store(true, Ordering::SeqCst);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let empty = self.inner.commands.is_empty()
+            && self.inner.notices.is_empty()
+            && self.inner.datagrams.is_empty();
+        if !empty {
+            self.inner.parked.store(false, Ordering::SeqCst);
+        }
+        empty
+    }
+
+    /// The shard is awake again: the wake-up is consumed.
+    pub(crate) fn unpark(&self) {
+        self.inner.parked.store(false, Ordering::SeqCst);
+        let mut count = [0; 8];
+        // EAGAIN: nobody woke us, a packet or a deadline did.
+        let _nobody_woke_us = rustix::io::read(&self.inner.wake, &mut count);
+    }
+
+    /// No command is taken from now on; returns when the last one under way has been pushed.
+    pub(crate) fn stop(&self) {
+        self.inner.stopped.store(true, Ordering::SeqCst);
+        while self.inner.pushing.load(Ordering::SeqCst) != 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.inner.wake.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn app(number: u32) -> Command {
+        Command::App(Box::new(number))
+    }
+
+    #[test]
+    fn a_full_mailbox_gives_the_command_back() {
+        let mailbox = Mailbox::new(2).expect("eventfd");
+        assert!(mailbox.push(app(1)).is_ok());
+        assert!(mailbox.push(app(2)).is_ok());
+        assert!(mailbox.push(app(3)).is_err());
+        assert!(mailbox.pop().is_some());
+        assert!(mailbox.push(app(4)).is_ok());
+    }
+
+    #[test]
+    fn parking_is_refused_while_something_waits() {
+        let mailbox = Mailbox::new(2).expect("eventfd");
+        assert!(mailbox.push(app(1)).is_ok());
+        assert!(!mailbox.prepare_to_park());
+        assert!(mailbox.pop().is_some());
+        assert!(mailbox.prepare_to_park());
+    }
+
+    #[test]
+    fn one_wake_up_per_sleep() {
+        let mailbox = Mailbox::new(8).expect("eventfd");
+        assert!(mailbox.prepare_to_park());
+        for number in 0..4 {
+            assert!(mailbox.push(app(number)).is_ok());
+        }
+        let mut count = [0; 8];
+        rustix::io::read(mailbox.wake_fd(), &mut count).expect("woken");
+        assert_eq!(u64::from_ne_bytes(count), 1, "one system call for four commands");
+    }
+
+    #[test]
+    fn a_stopped_mailbox_takes_nothing() {
+        let mailbox = Mailbox::new(2).expect("eventfd");
+        mailbox.stop();
+        assert!(mailbox.push(app(1)).is_err());
+        assert!(mailbox.pop().is_none());
+    }
+}

@@ -1,0 +1,565 @@
+//! One shard: the whole way of a packet, in both directions, top to bottom.
+//!
+//! ```text
+//!            NIC queue                                     application
+//!               │ XDP redirect / GRO                            ▲ Bytes, no copy
+//!   receive ────▼──── RX ring ── wire checks ── slab ──┐        │
+//!                                   owner by DCID? ────┼──▶ another shard's mailbox
+//!                                                      ▼        │
+//!   service ─────────────── Endpoint ▶ Connection (whole batch) ┘ events, then
+//!                                                      │
+//!   transmit ── gate + pacer ── poll_transmit ── scratch ── TX frame / GSO batch
+//!               │
+//!   flush ──────▼──── one kick per turn
+//! ```
+//!
+//! [`Shard::turn`] is one lap. Every step is bounded by a named limit
+//! ([`crate::config`]), so no flood of one kind starves the others. The shard owns
+//! everything it touches; other threads reach it through its mailbox only. It runs
+//! the same over rings, sockets and the simulator.
+
+pub(crate) mod mailbox;
+pub(crate) mod worker;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use quinn_proto::{Event, StreamEvent, VarInt};
+
+use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
+use crate::clock::Clock;
+use crate::config::{
+    MAILBOX_COMMANDS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+};
+use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
+use crate::error::ConnectionError;
+use crate::handles::HandleApp;
+use crate::metrics::ShardMetrics;
+use crate::proto::cid::{self, CidKey};
+use crate::proto::{AppEvent, Gate, Owner, Protocol, tx_meta};
+use mailbox::{Command, Mailbox, ShutdownOrder};
+
+/// What a turn found, so that the worker knows whether to spin, park or stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Turn {
+    /// Something was received, sent or done.
+    pub worked: bool,
+    /// More can be done at once, without waiting for anything.
+    pub more: bool,
+    /// When the shard must turn again if nothing arrives before.
+    pub deadline: Option<Instant>,
+    /// The shard has ended: everything is closed and flushed.
+    pub ended: bool,
+}
+
+/// A shutdown under way.
+struct Ending {
+    order: ShutdownOrder,
+    /// Streams may go on until then.
+    close_at: Instant,
+    /// Draining is given up then.
+    end_at: Instant,
+    closed: bool,
+}
+
+/// The other shards of the engine, for packets that arrived at the wrong one.
+#[derive(Clone)]
+pub(crate) struct Siblings {
+    pub(crate) mailboxes: Arc<[Mailbox]>,
+    pub(crate) cid_key: CidKey,
+}
+
+/// One core's share of the engine. See the [module documentation](self).
+pub struct Shard<D: Datapath, C: Clock> {
+    datapath: D,
+    clock: C,
+    proto: Protocol,
+    handles: HandleApp,
+    app: Option<Box<dyn ShardApp>>,
+    mailbox: Mailbox,
+    siblings: Siblings,
+    woken: Vec<usize>,
+    rx: RxBatch,
+    scratch: Vec<u8>,
+    /// Distinct per packet: congestion control tells packets apart by it.
+    stamp: Instant,
+    too_slow: Vec<ConnId>,
+    ending: Option<Ending>,
+    failed: Option<String>,
+    metrics: Arc<ShardMetrics>,
+}
+
+/// How long closing connections may drain after the last one was told (RFC 9000 §10.2: three PTOs).
+const DRAIN_MAX: Duration = Duration::from_secs(1);
+
+impl<D: Datapath, C: Clock> Shard<D, C> {
+    pub(crate) fn new(
+        datapath: D,
+        clock: C,
+        proto: Protocol,
+        handles: HandleApp,
+        app: Option<Box<dyn ShardApp>>,
+        mailbox: Mailbox,
+        siblings: Siblings,
+        metrics: Arc<ShardMetrics>,
+    ) -> Self {
+        let now = clock.now();
+        Self {
+            datapath,
+            clock,
+            proto,
+            handles,
+            app,
+            mailbox,
+            siblings,
+            woken: Vec::new(),
+            rx: RxBatch::new(RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES),
+            // Reserved up front: poll_transmit must never move it (ARCHITECTURE, decision 9).
+            scratch: Vec::with_capacity(usize::from(u16::MAX) + 1),
+            stamp: now,
+            too_slow: Vec::new(),
+            ending: None,
+            failed: None,
+            metrics,
+        }
+    }
+
+    /// One lap: in, up, out.
+    pub fn turn(&mut self) -> Turn {
+        let now = self.clock.now();
+        let mut worked = self.receive(now);
+        worked |= self.drain_mailbox(now);
+        worked |= self.expire_timers(now);
+        worked |= self.service(now);
+        worked |= self.transmit(now);
+        self.flush(now);
+        self.finish_turn(now, worked)
+    }
+
+    // --- in ---------------------------------------------------------------------------
+
+    /// RX ring → slab → the owner's connection. The batch is handled whole before anything is sent.
+    fn receive(&mut self, now: Instant) -> bool {
+        self.datapath.receive(now, &mut self.rx);
+        let mut worked = !self.rx.is_empty();
+        let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
+        for datagram in batch.drain() {
+            self.route(now, datagram);
+        }
+        self.rx = batch;
+        for shard in self.woken.drain(..) {
+            self.siblings.mailboxes[shard].wake();
+        }
+        while let Some(event) = self.datapath.poll_event() {
+            worked = true;
+            self.handle_link_event(event);
+        }
+        worked
+    }
+
+    /// Mine, or another shard's by its connection ID.
+    fn route(&mut self, now: Instant, datagram: RxDatagram) {
+        let shards = self.siblings.mailboxes.len();
+        if shards > 1 {
+            match cid::owner(&self.siblings.cid_key, shards, &datagram.data) {
+                Some(owner) if owner == self.proto.shard_index() => {}
+                Some(owner) => return self.hand_over(owner, datagram),
+                None => {
+                    self.proto.counters.rx_drop_no_owner += 1;
+                    return;
+                }
+            }
+        }
+        self.handle_datagram(now, datagram);
+    }
+
+    fn hand_over(&mut self, owner: usize, datagram: RxDatagram) {
+        match self.siblings.mailboxes[owner].hand_over(datagram) {
+            Ok(()) => {
+                self.proto.counters.rx_handed_over += 1;
+                if !self.woken.contains(&owner) {
+                    self.woken.push(owner);
+                }
+            }
+            Err(_dropped) => self.proto.counters.rx_drop_handoff_full += 1,
+        }
+    }
+
+    fn handle_datagram(&mut self, now: Instant, datagram: RxDatagram) {
+        if let Some(incoming) = self.proto.handle_datagram(now, datagram) {
+            self.handle_incoming(now, incoming);
+        }
+    }
+
+    /// Datagrams that arrived at other shards, then commands of other threads.
+    fn drain_mailbox(&mut self, now: Instant) -> bool {
+        let mut worked = false;
+        for _ in 0..RX_BATCH_DATAGRAMS_MAX {
+            let Some(datagram) = self.mailbox.pop_datagram() else { break };
+            self.proto.counters.rx_taken_over += 1;
+            worked = true;
+            self.handle_datagram(now, datagram);
+        }
+        for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
+            let Some(command) = self.mailbox.pop() else { break };
+            self.proto.counters.commands += 1;
+            worked = true;
+            self.handle_command(now, command);
+        }
+        worked
+    }
+
+    /// Loss detection, idle and pacing timers, the application's, the shutdown's.
+    fn expire_timers(&mut self, now: Instant) -> bool {
+        let mut too_slow = std::mem::take(&mut self.too_slow);
+        self.proto.expire(now, &mut too_slow);
+        let mut worked = !too_slow.is_empty();
+        for conn in too_slow.drain(..) {
+            self.give_up_handshake(now, conn);
+        }
+        self.too_slow = too_slow;
+        while let Some((owner, token)) = self.proto.pop_app_timer(now) {
+            worked = true;
+            self.call(now, owner, |app, cx| app.handle_timer(cx, token));
+        }
+        self.advance_ending(now);
+        worked
+    }
+
+    // --- up ---------------------------------------------------------------------------
+
+    /// Events of every touched connection, to whoever owns it.
+    fn service(&mut self, now: Instant) -> bool {
+        let mut worked = false;
+        loop {
+            while let Some(slot) = self.proto.next_touched() {
+                worked = true;
+                while let Some((conn, owner, event)) = self.proto.poll_event(slot) {
+                    self.dispatch(now, conn, owner, event);
+                }
+            }
+            // Handles queue their stream work; one pass serves a whole batch of it.
+            let mut cx = ShardCx { proto: &mut self.proto, now, owner: Owner::Handles };
+            if !self.handles.pump(&mut cx) {
+                return worked;
+            }
+            worked = true;
+        }
+    }
+
+    fn dispatch(&mut self, now: Instant, conn: ConnId, owner: Owner, event: AppEvent) {
+        let event = match event {
+            AppEvent::Quic(event) => event,
+            AppEvent::Drained { reported } => {
+                self.proto.counters.closed += 1;
+                if !reported {
+                    let reason = ConnectionError::ClosedLocally;
+                    self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
+                }
+                return;
+            }
+        };
+        match event {
+            Event::HandshakeDataReady => {}
+            Event::Connected => {
+                self.proto.handshake_over(conn);
+                self.call(now, owner, |app, cx| app.handle_connected(cx, conn));
+            }
+            Event::ConnectionLost { reason } => {
+                self.proto.handshake_over(conn);
+                if self.proto.report_closed(conn) {
+                    let reason = reason.into();
+                    self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
+                }
+            }
+            Event::Stream(event) => self.call(now, owner, |app, cx| match event {
+                StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
+                StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
+                StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
+                StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
+                StreamEvent::Stopped { id, error_code } => {
+                    app.handle_stopped(cx, conn, id, error_code);
+                }
+                StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
+            }),
+            Event::DatagramReceived => {
+                self.call(now, owner, |app, cx| app.handle_datagrams(cx, conn));
+            }
+            Event::DatagramsUnblocked => {
+                self.call(now, owner, |app, cx| app.handle_datagrams_unblocked(cx, conn));
+            }
+        }
+    }
+
+    /// Calls the application that owns a connection.
+    fn call(
+        &mut self,
+        now: Instant,
+        owner: Owner,
+        f: impl FnOnce(&mut dyn ShardApp, &mut ShardCx<'_>),
+    ) {
+        let mut cx = ShardCx { proto: &mut self.proto, now, owner };
+        match (owner, &mut self.app) {
+            (Owner::App, Some(app)) => f(app.as_mut(), &mut cx),
+            _ => f(&mut self.handles, &mut cx),
+        }
+    }
+
+    fn handle_incoming(&mut self, now: Instant, incoming: Incoming) {
+        let owner = if self.app.is_some() { Owner::App } else { Owner::Handles };
+        self.call(now, owner, |app, cx| app.handle_incoming(cx, incoming));
+    }
+
+    // --- out --------------------------------------------------------------------------
+
+    /// Gate and pacer → poll_transmit → scratch → TX memory, fairly over the connections.
+    fn transmit(&mut self, now: Instant) -> bool {
+        let mut worked = self.transmit_responses();
+        for _ in 0..self.proto.tx_queue_len() {
+            if self.datapath.transmit_capacity() == 0 {
+                self.proto.counters.tx_ring_full += 1;
+                break;
+            }
+            let Some(slot) = self.proto.pop_tx() else { break };
+            let (sent, more) = self.transmit_connection(now, slot);
+            worked |= sent;
+            if more {
+                self.proto.requeue_tx(slot);
+            } else {
+                self.proto.file_deadline(slot);
+            }
+        }
+        worked
+    }
+
+    /// At most one visit's packets of one connection; the second value says whether it has more.
+    fn transmit_connection(&mut self, now: Instant, slot: u32) -> (bool, bool) {
+        // Real time passes while packets are built, and stamps must not run ahead of it
+        // for long: a nanosecond apart is what congestion control needs to tell them apart.
+        self.stamp = self.stamp.max(now);
+        let mut sent = false;
+        for _ in 0..TX_PACKETS_PER_VISIT_MAX {
+            if self.datapath.transmit_capacity() == 0 {
+                return (sent, true);
+            }
+            let Some(conn) = self.proto.conn_in_slot(slot) else { return (sent, false) };
+            self.stamp += Duration::from_nanos(1);
+            // Empty each time: quinn-proto writes garbage behind what is in the buffer.
+            self.scratch.clear();
+            let gate = conn.gate(now);
+            let mut polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
+            if polled.is_none() && gate != Gate::Open && conn.open_for_owed_ack(now) {
+                self.scratch.clear();
+                polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
+                self.proto.counters.tx_owed_acks += u64::from(polled.is_some());
+            }
+            let Some(transmit) = polled else { return (sent, false) };
+            sent = true;
+            if let Some(conn) = self.proto.conn_in_slot(slot) {
+                conn.on_transmit(now, transmit.size as u64);
+            }
+            match self.datapath.transmit(&tx_meta(&transmit), &self.scratch[..transmit.size]) {
+                TxVerdict::Accepted => {}
+                // Counted by the datapath under its reason; QUIC sees a lost packet.
+                TxVerdict::Dropped(_) | TxVerdict::Full => {
+                    self.proto.counters.tx_drop_datapath += 1;
+                }
+            }
+        }
+        (sent, true)
+    }
+
+    /// Version negotiation, retries, refusals and resets.
+    fn transmit_responses(&mut self) -> bool {
+        let mut worked = false;
+        while self.datapath.transmit_capacity() > 0 {
+            let Some(response) = self.proto.responses.pop_front() else { break };
+            worked = true;
+            match self.datapath.transmit(&response.meta, &response.payload) {
+                TxVerdict::Accepted => {}
+                TxVerdict::Dropped(_) | TxVerdict::Full => {
+                    self.proto.counters.tx_drop_datapath += 1;
+                }
+            }
+        }
+        worked
+    }
+
+    /// At most one kick.
+    fn flush(&mut self, now: Instant) {
+        self.datapath.flush(now);
+    }
+
+    // --- upkeep -----------------------------------------------------------------------
+
+    fn finish_turn(&mut self, now: Instant, worked: bool) -> Turn {
+        let counters = &mut self.proto.counters;
+        counters.turns += 1;
+        if worked {
+            counters.busy_ns += (self.clock.now() - now).as_nanos() as u64;
+        } else {
+            counters.turns_idle += 1;
+        }
+        self.proto.counters.connections = self.proto.live_connections() as u64;
+        self.metrics.publish(&self.proto.counters, &self.datapath.counters());
+        let ending_deadline = self
+            .ending
+            .as_ref()
+            .map(|ending| if ending.closed { ending.end_at } else { ending.close_at });
+        let deadline = match (self.proto.next_deadline(), ending_deadline) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        Turn {
+            worked,
+            more: self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0,
+            deadline,
+            ended: self.has_ended(now),
+        }
+    }
+
+    fn handle_command(&mut self, now: Instant, command: Command) {
+        match command {
+            Command::Handles(command) => {
+                let mut cx = ShardCx { proto: &mut self.proto, now, owner: Owner::Handles };
+                self.handles.handle_command(&mut cx, command);
+            }
+            Command::App(message) => {
+                self.call(now, Owner::App, |app, cx| app.handle_message(cx, message));
+            }
+            Command::Connect { remote, server_name, config, reply } => {
+                let result = self.proto.connect(now, remote, &server_name, config, Owner::Handles);
+                let mut cx = ShardCx { proto: &mut self.proto, now, owner: Owner::Handles };
+                self.handles.handle_connect_result(&mut cx, result, reply);
+            }
+            Command::Shutdown(order) => self.begin_ending(now, order),
+        }
+    }
+
+    fn handle_link_event(&mut self, event: DatapathEvent) {
+        match event {
+            DatapathEvent::MaxUdpPayload(bytes) => {
+                tracing::info!(shard = self.proto.shard_index(), bytes, "path MTU limit changed");
+            }
+            DatapathEvent::LinkDown => {
+                tracing::warn!(shard = self.proto.shard_index(), "link down");
+            }
+            DatapathEvent::LinkUp => {
+                tracing::info!(shard = self.proto.shard_index(), "link up");
+            }
+            DatapathEvent::AddressesChanged => self.proto.local_addresses_changed(),
+            DatapathEvent::Failed(reason) => {
+                tracing::error!(shard = self.proto.shard_index(), reason, "datapath failed");
+                self.failed = Some(reason);
+            }
+        }
+    }
+
+    fn give_up_handshake(&mut self, now: Instant, id: ConnId) {
+        let timeout_ms = self.proto.config().handshake_timeout_ms;
+        let Some(conn) = self.proto.conn_in_slot(id.slot).filter(|conn| conn.id == id) else {
+            return;
+        };
+        if !conn.inner.is_handshaking() {
+            return;
+        }
+        let owner = conn.owner;
+        let remote = crate::proto::v6(conn.inner.remote_address());
+        conn.inner.close(now, VarInt::from_u32(0), Bytes::from_static(b"handshake timeout"));
+        self.proto.counters.handshakes_timed_out += 1;
+        self.proto.handshake_over(id);
+        if self.proto.report_closed(id) {
+            let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
+            self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
+        }
+    }
+
+    // --- the end ------------------------------------------------------------------------
+
+    fn begin_ending(&mut self, now: Instant, order: ShutdownOrder) {
+        self.proto.stop_accepting();
+        let close_at = now + order.grace;
+        // A second order may only hurry.
+        if let Some(ending) = &mut self.ending {
+            ending.close_at = ending.close_at.min(close_at);
+            return;
+        }
+        let end_at = close_at + DRAIN_MAX;
+        self.ending = Some(Ending { order, close_at, end_at, closed: false });
+        self.advance_ending(now);
+    }
+
+    fn advance_ending(&mut self, now: Instant) {
+        let Some(ending) = &mut self.ending else { return };
+        let idle = self.proto.live_connections() == 0;
+        if ending.closed || (now < ending.close_at && !idle) {
+            return;
+        }
+        ending.closed = true;
+        ending.end_at = now + DRAIN_MAX;
+        let (code, reason) = (ending.order.code, ending.order.reason.clone());
+        let ids: Vec<ConnId> = self.proto.ids().collect();
+        for id in ids {
+            if let Some(connection) = self.proto.touch(id) {
+                connection.close(now, code, reason.clone());
+            }
+            let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
+            if self.proto.report_closed(id) {
+                let reason = ConnectionError::EngineStopped;
+                self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
+            }
+        }
+    }
+
+    fn has_ended(&self, now: Instant) -> bool {
+        match &self.ending {
+            // The close packets were sent by this turn's flush; peers that miss them time out.
+            Some(ending) => {
+                ending.closed && (self.proto.tx_queue_len() == 0 || now >= ending.end_at)
+            }
+            None => false,
+        }
+    }
+
+    /// Why the datapath gave up, if it did.
+    pub(crate) fn failure(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
+    pub(crate) fn clock(&self) -> &C {
+        &self.clock
+    }
+
+    /// The datapath, for waiting and for tests that look at it.
+    pub fn datapath(&mut self) -> &mut D {
+        &mut self.datapath
+    }
+
+    pub(crate) fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    pub(crate) fn count_park(&mut self) {
+        self.proto.counters.parks += 1;
+    }
+
+    /// Tells every handle that the shard is gone, with the reason.
+    pub(crate) fn abandon(&mut self, reason: &ConnectionError) {
+        self.mailbox.stop();
+        let now = self.clock.now();
+        let ids: Vec<ConnId> = self.proto.ids().collect();
+        for id in ids {
+            let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
+            if self.proto.report_closed(id) {
+                self.call(now, owner, |app, cx| app.handle_closed(cx, id, reason));
+            }
+        }
+        while let Some(command) = self.mailbox.pop() {
+            if let Command::Connect { reply, .. } = command {
+                reply.fail(crate::error::ConnectError::EngineStopped);
+            }
+        }
+        self.handles.end(reason);
+    }
+}

@@ -1,0 +1,67 @@
+//! The thread of a shard: pinned, turning, spinning a while, then asleep.
+
+use std::time::{Duration, Instant};
+
+use super::Shard;
+use crate::clock::Clock;
+use crate::config::SPIN_UNTIL_DEADLINE_US;
+use crate::datapath::Datapath;
+use crate::error::ConnectionError;
+
+/// Turns that found nothing before the clock is looked at: spinning costs no more than turning.
+const IDLE_TURNS_PER_CLOCK_CHECK: u32 = 8;
+
+/// Runs a shard until it has ended or its datapath failed.
+pub(crate) fn run<D: Datapath, C: Clock>(mut shard: Shard<D, C>, spin: Duration) {
+    let mut idle_since: Option<Instant> = None;
+    let mut idle_turns = 0u32;
+    let reason = loop {
+        let turn = shard.turn();
+        if turn.ended {
+            break ConnectionError::EngineStopped;
+        }
+        if let Some(failure) = shard.failure() {
+            tracing::error!(failure, "shard stops: its datapath failed");
+            break ConnectionError::EngineStopped;
+        }
+        if turn.worked || turn.more {
+            idle_since = None;
+            idle_turns = 0;
+            continue;
+        }
+        idle_turns += 1;
+        if idle_turns % IDLE_TURNS_PER_CLOCK_CHECK != 0 && !spin.is_zero() {
+            std::hint::spin_loop();
+            continue;
+        }
+        let now = shard.clock().now();
+        let since = *idle_since.get_or_insert(now);
+        let left = turn.deadline.map(|deadline| deadline.saturating_duration_since(now));
+        let soon = left.is_some_and(|left| left < Duration::from_micros(SPIN_UNTIL_DEADLINE_US));
+        if now - since < spin || (soon && !spin.is_zero()) {
+            std::hint::spin_loop();
+            continue;
+        }
+        if let Err(error) = park(&mut shard, left) {
+            tracing::error!(%error, "shard stops: it cannot wait for its descriptors");
+            break ConnectionError::EngineStopped;
+        }
+        idle_since = None;
+        idle_turns = 0;
+    };
+    shard.abandon(&reason);
+}
+
+fn park<D: Datapath, C: Clock>(
+    shard: &mut Shard<D, C>,
+    timeout: Option<Duration>,
+) -> std::io::Result<()> {
+    let mailbox = shard.mailbox().clone();
+    if !mailbox.prepare_to_park() {
+        return Ok(());
+    }
+    shard.count_park();
+    let result = shard.datapath().wait(mailbox.wake_fd(), timeout);
+    mailbox.unpark();
+    result
+}

@@ -1,0 +1,149 @@
+//! Whole shards in virtual time: the engine's everyday protocol test, and `stoq sim`'s motor.
+//!
+//! A [`SimHost`] is a real shard (its `turn` is the one that runs over AF_XDP) on a
+//! [`SimDatapath`], driven by [`run`](crate::datapath::sim::run) in one thread.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::Instant;
+
+use quinn_proto::VarInt;
+use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+
+use crate::app::ShardApp;
+use crate::clock::{Clock, SimClock};
+use crate::config::TransportConfig;
+use crate::datapath::Datapath;
+use crate::datapath::sim::{EndpointId, SimDatapath, SimNode};
+use crate::engine::EngineShared;
+use crate::error::StartError;
+use crate::handles::HandleApp;
+use crate::metrics::{ShardCounters, ShardMetrics};
+use crate::proto::cid::CidKey;
+use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
+use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
+use crate::shard::{Shard, Siblings};
+
+/// What a simulated host is made of.
+pub struct SimHostConfig {
+    /// The transport's settings; datapath, shards and cores are ignored.
+    pub config: TransportConfig,
+    /// Accept connections with this.
+    pub server: Option<Arc<QuicServerConfig>>,
+    /// Make connections with this.
+    pub client: Option<Arc<QuicClientConfig>>,
+    /// Seed of the host's randomness: connection IDs, tokens, quinn-proto's choices.
+    pub seed: u64,
+}
+
+/// One shard on one simulated port.
+pub struct SimHost {
+    shard: Shard<SimDatapath, SimClock>,
+    mailbox: Mailbox,
+    metrics: Arc<ShardMetrics>,
+    clock: SimClock,
+    endpoint: EndpointId,
+    ended: bool,
+}
+
+impl SimHost {
+    /// A host whose connections belong to `app`.
+    ///
+    /// # Errors
+    /// A setting is out of range.
+    pub fn new(
+        clock: &SimClock,
+        datapath: SimDatapath,
+        setup: SimHostConfig,
+        app: impl ShardApp,
+    ) -> Result<Self, StartError> {
+        setup.config.validate()?;
+        let source = |source| StartError::System { what: "eventfd for a mailbox", source };
+        let mailbox = Mailbox::new(setup.config.mailbox_capacity).map_err(source)?;
+        let mailboxes: Arc<[Mailbox]> = Arc::new([mailbox.clone()]);
+        let metrics = Arc::new(ShardMetrics::default());
+        let mut seed = [0; 32];
+        seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
+        let cid_key = CidKey::new(&[0x42; 16]);
+        let endpoint = datapath.id();
+        let proto = Protocol::new(
+            ProtocolSetup {
+                mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
+                config: Arc::new(setup.config),
+                identity: QuicIdentity {
+                    server: setup.server.map(|server| server as _),
+                    client: setup.client.map(|client| client as _),
+                    token_key: None,
+                    reset_key: None,
+                },
+                cid_key: cid_key.clone(),
+                shard: 0,
+                mailbox: mailbox.clone(),
+                seed,
+            },
+            clock.now(),
+        );
+        let shard = Shard::new(
+            datapath,
+            clock.clone(),
+            proto,
+            HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
+            Some(Box::new(app)),
+            mailbox.clone(),
+            Siblings { mailboxes, cid_key },
+            metrics.clone(),
+        );
+        Ok(Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false })
+    }
+
+    /// Sends a message to the application; it is taken with the next turn.
+    ///
+    /// # Panics
+    /// If the mailbox is full: the simulation's author sends too much.
+    pub fn send_to_app(&self, message: Box<dyn Any + Send>) {
+        assert!(self.mailbox.push(Command::App(message)).is_ok(), "the mailbox is full");
+    }
+
+    /// Orders the shard to end at once, as a crash of its process would not: peers are told.
+    pub fn shut_down(&self, code: VarInt, reason: &'static [u8]) {
+        let order = ShutdownOrder {
+            code,
+            reason: bytes::Bytes::from_static(reason),
+            grace: std::time::Duration::ZERO,
+        };
+        assert!(self.mailbox.push(Command::Shutdown(order)).is_ok(), "the mailbox is full");
+    }
+
+    /// The shard's counters.
+    #[must_use]
+    pub fn counters(&self) -> ShardCounters {
+        self.metrics.shard()
+    }
+
+    /// The datapath's counters.
+    #[must_use]
+    pub fn datapath_counters(&self) -> crate::datapath::DatapathCounters {
+        self.metrics.datapath()
+    }
+
+    /// Whether the shard has ended after [`shut_down`](Self::shut_down).
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+}
+
+impl SimNode for SimHost {
+    fn turn(&mut self) -> Option<Instant> {
+        if self.ended {
+            return None;
+        }
+        let turn = self.shard.turn();
+        self.ended = turn.ended;
+        if turn.more { Some(self.clock.now()) } else { turn.deadline }
+    }
+
+    fn endpoint(&self) -> Option<EndpointId> {
+        Some(self.endpoint)
+    }
+}

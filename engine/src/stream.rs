@@ -1,0 +1,390 @@
+//! Async handles of streams. They work in any executor; dropping a future never loses data.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use quinn_proto::{StreamId, VarInt};
+
+use crate::error::{ConnectionError, ReadError, ReadToEndError, WriteError};
+use crate::handles::{ConnRef, RecvEnd, StreamShared};
+
+/// The sending half of a stream.
+///
+/// Dropped without [`finish`](Self::finish) or [`reset`](Self::reset), it finishes: what was
+/// written is still delivered.
+pub struct SendStream {
+    conn: Arc<ConnRef>,
+    id: StreamId,
+    shared: Arc<StreamShared>,
+    closed: bool,
+}
+
+impl SendStream {
+    pub(crate) fn new(conn: Arc<ConnRef>, id: StreamId, shared: Arc<StreamShared>) -> Self {
+        Self { conn, id, shared, closed: false }
+    }
+
+    /// The stream's identity.
+    #[must_use]
+    pub fn id(&self) -> StreamId {
+        self.id
+    }
+
+    /// Writes part of `data`, copying it; waits while the queue is full. Returns the bytes taken.
+    /// Cancel-safe: a dropped future has taken nothing.
+    ///
+    /// # Errors
+    /// The stream or the connection can take no more.
+    pub async fn write(&mut self, data: &[u8]) -> Result<usize, WriteError> {
+        poll_fn(|cx| self.poll_write(cx, data)).await
+    }
+
+    /// Writes all of `data`, copying it. Not cancel-safe: a dropped future has written a part.
+    ///
+    /// # Errors
+    /// The stream or the connection can take no more.
+    pub async fn write_all(&mut self, mut data: &[u8]) -> Result<(), WriteError> {
+        while !data.is_empty() {
+            let written = self.write(data).await?;
+            data = &data[written..];
+        }
+        Ok(())
+    }
+
+    /// Writes a chunk by reference, without copying. Cancel-safe: all or nothing.
+    ///
+    /// Chunks of 16 KiB and more are cheapest.
+    ///
+    /// # Errors
+    /// The stream or the connection can take no more.
+    pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
+        let mut chunk = Some(chunk);
+        poll_fn(|cx| {
+            ready!(self.poll_ready(cx))?;
+            let chunk = chunk.take().expect("polled after completion");
+            self.push(chunk);
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
+    /// Marks the end of the stream: nothing more can be written. Returns at once;
+    /// [`stopped`](Self::stopped) tells when the peer has acknowledged everything.
+    ///
+    /// # Errors
+    /// It was finished or reset before.
+    pub fn finish(&mut self) -> Result<(), WriteError> {
+        self.check_open()?;
+        self.closed = true;
+        self.shared.finish_requested.store(true, Release);
+        self.conn.shared.notify_stream(self.id, &self.shared);
+        Ok(())
+    }
+
+    /// Abandons the stream: data not yet delivered is dropped, the peer sees `code`.
+    ///
+    /// # Errors
+    /// It was finished or reset before.
+    pub fn reset(&mut self, code: VarInt) -> Result<(), WriteError> {
+        if self.shared.reset_request().is_some() {
+            return Err(WriteError::ClosedStream);
+        }
+        self.closed = true;
+        self.shared.request_reset(code);
+        self.conn.shared.notify_stream(self.id, &self.shared);
+        Ok(())
+    }
+
+    /// Streams with a higher priority are sent first; 0 at the start.
+    pub fn set_priority(&mut self, priority: i32) {
+        self.shared.priority.store(priority, Release);
+        self.conn.shared.notify_stream(self.id, &self.shared);
+    }
+
+    /// Waits for the stream's end: `None` when the peer has acknowledged all data and the
+    /// finish, or the code with which it asked to stop. Cancel-safe.
+    ///
+    /// # Errors
+    /// The connection was lost before: the peer may or may not have everything.
+    pub async fn stopped(&self) -> Result<Option<VarInt>, ConnectionError> {
+        loop {
+            let listener = self.shared.end_event.listen();
+            if let Some(code) = self.shared.stopped_code() {
+                return Ok(Some(code));
+            }
+            if self.shared.acknowledged.load(Acquire) {
+                return Ok(None);
+            }
+            if let Some(reason) = self.conn.shared.closed() {
+                return Err(reason);
+            }
+            listener.await;
+        }
+    }
+
+    /// The stream has no sending half: nothing to finish.
+    pub(crate) fn forget(&mut self) {
+        self.closed = true;
+    }
+
+    fn check_open(&self) -> Result<(), WriteError> {
+        if let Some(code) = self.shared.stopped_code() {
+            return Err(WriteError::Stopped(code));
+        }
+        if let Some(reason) = self.conn.shared.closed() {
+            return Err(WriteError::ConnectionLost(reason));
+        }
+        if self.closed { Err(WriteError::ClosedStream) } else { Ok(()) }
+    }
+
+    /// Ready when the queue is under its budget.
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WriteError>> {
+        let limit = self.conn.shared.send_queue_bytes;
+        for registered in [false, true] {
+            self.check_open()?;
+            if self.shared.send_queued_bytes.load(Acquire) < limit {
+                return Poll::Ready(Ok(()));
+            }
+            if !registered {
+                self.shared.send_waker.register(cx.waker());
+            }
+        }
+        Poll::Pending
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize, WriteError>> {
+        ready!(self.poll_ready(cx))?;
+        let queued = self.shared.send_queued_bytes.load(Acquire);
+        let room = self.conn.shared.send_queue_bytes.saturating_sub(queued).max(1);
+        let taken = data.len().min(room);
+        self.push(Bytes::copy_from_slice(&data[..taken]));
+        Poll::Ready(Ok(taken))
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        if chunk.is_empty() {
+            return;
+        }
+        self.shared.send_queued_bytes.fetch_add(chunk.len(), AcqRel);
+        self.shared.send_queue.push(chunk);
+        self.conn.shared.notify_stream(self.id, &self.shared);
+    }
+}
+
+impl Drop for SendStream {
+    fn drop(&mut self) {
+        if !self.closed {
+            self.shared.finish_requested.store(true, Release);
+            self.conn.shared.notify_stream(self.id, &self.shared);
+        }
+    }
+}
+
+impl std::fmt::Debug for SendStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SendStream").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// The receiving half of a stream.
+///
+/// Dropped before its end, it tells the peer to stop (code 0).
+pub struct RecvStream {
+    conn: Arc<ConnRef>,
+    id: StreamId,
+    shared: Arc<StreamShared>,
+    /// The rest of a chunk that [`read`](Self::read) took in part.
+    rest: Bytes,
+    ended: bool,
+}
+
+impl RecvStream {
+    pub(crate) fn new(conn: Arc<ConnRef>, id: StreamId, shared: Arc<StreamShared>) -> Self {
+        Self { conn, id, shared, rest: Bytes::new(), ended: false }
+    }
+
+    /// The stream's identity.
+    #[must_use]
+    pub fn id(&self) -> StreamId {
+        self.id
+    }
+
+    /// The next bytes in order, without copying, at most `bytes_max`; `None` at the end. Cancel-safe.
+    ///
+    /// # Errors
+    /// The peer reset the stream, it was stopped, or the connection is gone.
+    pub async fn read_chunk(&mut self, bytes_max: usize) -> Result<Option<Bytes>, ReadError> {
+        poll_fn(|cx| self.poll_chunk(cx, bytes_max)).await
+    }
+
+    /// Copies the next bytes into `buffer`; `None` at the end. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`read_chunk`](Self::read_chunk).
+    pub async fn read(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, ReadError> {
+        if buffer.is_empty() {
+            return Ok(Some(0));
+        }
+        let Some(mut chunk) = self.read_chunk(buffer.len()).await? else { return Ok(None) };
+        let len = chunk.len();
+        chunk.copy_to_slice(&mut buffer[..len]);
+        Ok(Some(len))
+    }
+
+    /// Reads to the end of the stream. Not cancel-safe: a dropped future has consumed a part.
+    ///
+    /// # Errors
+    /// The stream is longer than `bytes_max`, or reading fails.
+    pub async fn read_to_end(&mut self, bytes_max: usize) -> Result<Vec<u8>, ReadToEndError> {
+        let mut data = Vec::new();
+        while let Some(chunk) = self.read_chunk(usize::MAX).await? {
+            if data.len() + chunk.len() > bytes_max {
+                return Err(ReadToEndError::TooLong(bytes_max));
+            }
+            data.extend_from_slice(&chunk);
+        }
+        Ok(data)
+    }
+
+    /// Tells the peer to stop sending; nothing more can be read.
+    ///
+    /// # Errors
+    /// The stream ended before.
+    pub fn stop(&mut self, code: VarInt) -> Result<(), ReadError> {
+        if self.ended {
+            return Err(ReadError::ClosedStream);
+        }
+        self.ended = true;
+        self.rest.clear();
+        self.shared.request_stop(code);
+        self.conn.shared.notify_stream(self.id, &self.shared);
+        Ok(())
+    }
+
+    /// The stream has no receiving half: nothing to stop.
+    pub(crate) fn forget(&mut self) {
+        self.ended = true;
+    }
+
+    fn poll_chunk(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes_max: usize,
+    ) -> Poll<Result<Option<Bytes>, ReadError>> {
+        for registered in [false, true] {
+            // The end is read before the queue: it is set after the last chunk was pushed.
+            let end = self.shared.recv_end();
+            if self.rest.is_empty() {
+                if let Some(chunk) = self.shared.recv_queue.pop() {
+                    self.on_taken(chunk.len());
+                    self.rest = chunk;
+                }
+            }
+            if !self.rest.is_empty() {
+                let len = self.rest.len().min(bytes_max);
+                return Poll::Ready(Ok(Some(self.rest.split_to(len))));
+            }
+            if self.ended {
+                return Poll::Ready(Ok(None));
+            }
+            match end {
+                Some(RecvEnd::Finished) => {
+                    self.ended = true;
+                    return Poll::Ready(Ok(None));
+                }
+                Some(RecvEnd::Reset(code)) => {
+                    self.ended = true;
+                    return Poll::Ready(Err(ReadError::Reset(code)));
+                }
+                Some(RecvEnd::Unknown) => return Poll::Ready(Err(ReadError::ClosedStream)),
+                Some(RecvEnd::Lost) => {
+                    let reason = self.conn.shared.closed();
+                    let reason = reason.unwrap_or(ConnectionError::EngineStopped);
+                    return Poll::Ready(Err(ReadError::ConnectionLost(reason)));
+                }
+                None => {}
+            }
+            if let Some(reason) = self.conn.shared.closed() {
+                if registered {
+                    return Poll::Ready(Err(ReadError::ConnectionLost(reason)));
+                }
+            }
+            if !registered {
+                self.shared.recv_waker.register(cx.waker());
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Lets the shard read on once half of the queue is free again.
+    fn on_taken(&self, bytes: usize) {
+        let before = self.shared.recv_queued_bytes.fetch_sub(bytes, AcqRel);
+        let left = before - bytes;
+        if left < self.conn.shared.recv_queue_bytes / 2
+            && self.shared.recv_blocked.swap(false, AcqRel)
+        {
+            self.conn.shared.notify_stream(self.id, &self.shared);
+        }
+    }
+}
+
+impl Drop for RecvStream {
+    fn drop(&mut self) {
+        if !self.ended && self.shared.recv_end().is_none() {
+            self.shared.request_stop(VarInt::from_u32(0));
+            self.conn.shared.notify_stream(self.id, &self.shared);
+        }
+    }
+}
+
+impl std::fmt::Debug for RecvStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RecvStream").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+fn broken(error: impl std::error::Error + Send + Sync + 'static) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::BrokenPipe, error)
+}
+
+impl futures_io::AsyncWrite for SendStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Self::poll_write(self.get_mut(), cx, data).map_err(broken)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        // Everything written is on its way: the shard sends as soon as the path allows.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        let this = self.get_mut();
+        Poll::Ready(if this.closed { Ok(()) } else { this.finish().map_err(broken) })
+    }
+}
+
+impl futures_io::AsyncRead for RecvStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<std::io::Result<usize>> {
+        if buffer.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let chunk = ready!(self.get_mut().poll_chunk(cx, buffer.len())).map_err(broken)?;
+        Poll::Ready(Ok(chunk.map_or(0, |mut chunk| {
+            let len = chunk.len();
+            chunk.copy_to_slice(&mut buffer[..len]);
+            len
+        })))
+    }
+}

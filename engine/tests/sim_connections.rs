@@ -1,0 +1,250 @@
+//! Whole connections between real shards in virtual time.
+
+#[path = "common/sim.rs"]
+mod sim;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use sim::{Pair, PairConfig, Plan, Send, pattern};
+use stoq::config::{CongestionControl, RetryPolicy, TransportConfig};
+use stoq::datapath::sim::{LinkConfig, QueueLimit};
+use stoq::error::ConnectionError;
+use stoq::{Dir, VarInt};
+
+fn upload(len: usize) -> Plan {
+    Plan { sends: vec![Send { dir: Dir::Bi, data: pattern(len), finish: true }], ..Plan::default() }
+}
+
+fn keep() -> Plan {
+    Plan { keep: true, ..Plan::default() }
+}
+
+fn assert_intact(pair: &Pair, len: usize) {
+    let log = pair.server_log.lock().expect("log");
+    assert_eq!(log.received.len(), 1, "seed {}", pair.network.seed());
+    let received = log.received.values().next().expect("one stream");
+    assert!(*received == pattern(len), "{} of {len} bytes, or wrong ones", received.len());
+}
+
+#[test]
+fn a_stream_arrives_intact_with_every_congestion_control() {
+    for cc in [
+        CongestionControl::Bbr2,
+        CongestionControl::Bbr3,
+        CongestionControl::Cubic,
+        CongestionControl::NewReno,
+    ] {
+        let config = TransportConfig { congestion_control: cc, ..Default::default() };
+        let pair_config =
+            PairConfig { client: config.clone(), server: config, ..Default::default() };
+        let mut pair = Pair::new(pair_config, upload(2_000_000), keep());
+        let done = pair.run(Duration::from_secs(20), |client, _| client.acknowledged.len() == 1);
+        assert!(done, "{}: not acknowledged after {:?}", cc.name(), pair.clock.elapsed());
+        assert_intact(&pair, 2_000_000);
+        let elapsed = pair.clock.elapsed().as_secs_f64();
+        println!("{}: {:.1} Mbit/s of 100", cc.name(), 16.0 / elapsed);
+        assert!(elapsed < 0.6, "{}: {elapsed} s for 16 Mbit at 100 Mbit/s", cc.name());
+        assert_eq!(pair.server_log.lock().expect("log").alpn.as_deref(), Some(&b"test"[..]));
+    }
+}
+
+#[test]
+fn loss_reordering_duplication_and_corruption_do_no_harm() {
+    for seed in 1..=5 {
+        let link = LinkConfig {
+            rate_bps: 50_000_000,
+            delay_us: 10_000,
+            jitter_us: 500,
+            loss: 0.01,
+            reorder: 0.02,
+            reorder_us: 4_000,
+            duplicate: 0.01,
+            corrupt: 0.01,
+            ..LinkConfig::default()
+        };
+        let mut pair =
+            Pair::new(PairConfig { link, seed, ..Default::default() }, upload(1_000_000), keep());
+        let done = pair.run(Duration::from_secs(60), |client, _| client.acknowledged.len() == 1);
+        assert!(done, "seed {seed}: not acknowledged after {:?}", pair.clock.elapsed());
+        assert_intact(&pair, 1_000_000);
+    }
+}
+
+#[test]
+fn unidirectional_streams_and_datagrams() {
+    let client = Plan {
+        sends: (0..20)
+            .map(|n| Send { dir: Dir::Uni, data: pattern(1000 + n), finish: true })
+            .collect(),
+        datagrams: (0..5u8).map(|n| Bytes::from(vec![n; 300])).collect(),
+        ..Plan::default()
+    };
+    let mut pair = Pair::new(PairConfig::default(), client, keep());
+    let done = pair.run(Duration::from_secs(5), |_, server| {
+        server.finished_reading.len() == 20 && server.datagrams.len() == 5
+    });
+    assert!(done, "{:?}", pair.server_log.lock().expect("log").finished_reading.len());
+}
+
+/// ARCHITECTURE, decision 5: data queued behind a closed window must not hold back ACKs.
+#[test]
+fn bidirectional_bulk_with_small_windows_does_not_stall() {
+    let config = TransportConfig {
+        congestion_control: CongestionControl::NewReno,
+        ack_frequency: false,
+        ..Default::default()
+    };
+    let link = LinkConfig {
+        rate_bps: 300_000_000,
+        delay_us: 500,
+        queue: QueueLimit::Bytes(20_000),
+        ..LinkConfig::default()
+    };
+    let len = 4_000_000;
+    let pair_config =
+        PairConfig { client: config.clone(), server: config, link, ..Default::default() };
+    let server = Plan { answer_bytes: len, ..Plan::default() };
+    let mut pair = Pair::new(pair_config, upload(len), server);
+    let done = pair.run(Duration::from_secs(30), |client, server| {
+        client.received_bytes == len as u64 && server.received_bytes == len as u64
+    });
+    let elapsed = pair.clock.elapsed().as_secs_f64();
+    assert!(done, "stalled: {:?}", pair.client_log.lock().expect("log").received_bytes);
+    let rate = 2.0 * len as f64 * 8.0 / elapsed / 1e6;
+    println!("{rate:.0} Mbit/s both ways");
+    assert!(rate > 100.0, "{rate:.0} Mbit/s: ACKs wait behind data");
+}
+
+#[test]
+fn closing_tells_the_peer_code_and_reason() {
+    let server = Plan { close_after: Some(1), ..Plan::default() };
+    let mut pair = Pair::new(PairConfig::default(), upload(100_000), server);
+    let done = pair.run(Duration::from_secs(5), |client, server| {
+        !client.closed.is_empty() && !server.closed.is_empty()
+    });
+    assert!(done);
+    let client = pair.client_log.lock().expect("log");
+    let expected = ConnectionError::ClosedByPeer {
+        code: VarInt::from_u32(9),
+        reason: Bytes::from_static(b"enough"),
+    };
+    assert_eq!(client.closed, vec![expected]);
+    let server = pair.server_log.lock().expect("log");
+    assert_eq!(server.closed, vec![ConnectionError::ClosedLocally]);
+    drop((client, server));
+    assert_eq!(pair.server.counters().connections, 0, "the slot is free again");
+}
+
+#[test]
+fn a_silent_peer_times_out() {
+    let config = TransportConfig { idle_timeout_ms: 2_000, ..Default::default() };
+    let mut pair = Pair::new(
+        PairConfig { client: config.clone(), server: config, ..Default::default() },
+        upload(1000),
+        Plan::default(),
+    );
+    assert!(pair.run(Duration::from_secs(1), |client, _| client.acknowledged.len() == 1));
+    let start = pair.clock.elapsed();
+    assert!(pair.run(Duration::from_secs(10), |c, s| !c.closed.is_empty() && !s.closed.is_empty()));
+    let took = pair.clock.elapsed() - start;
+    assert!((1..4).contains(&took.as_secs()), "{took:?}");
+    assert_eq!(pair.client_log.lock().expect("log").closed, vec![ConnectionError::TimedOut]);
+}
+
+#[test]
+fn a_handshake_has_a_deadline() {
+    let link = LinkConfig { down: true, ..LinkConfig::default() };
+    let client = TransportConfig { handshake_timeout_ms: 1_500, ..Default::default() };
+    let mut pair =
+        Pair::new(PairConfig { link, client, ..Default::default() }, upload(1), Plan::default());
+    assert!(pair.run(Duration::from_secs(20), |client, _| !client.closed.is_empty()));
+    assert!((1500..1600).contains(&pair.clock.elapsed().as_millis()), "{:?}", pair.clock.elapsed());
+    let closed = &pair.client_log.lock().expect("log").closed;
+    assert!(matches!(closed[..], [ConnectionError::HandshakeTimedOut { timeout_ms: 1500, .. }]));
+}
+
+#[test]
+fn retry_proves_the_address_and_costs_a_round_trip() {
+    let server = TransportConfig { retry: RetryPolicy::Always, ..Default::default() };
+    let mut pair =
+        Pair::new(PairConfig { server, ..Default::default() }, upload(1000), Plan::default());
+    assert!(pair.run(Duration::from_secs(5), |client, _| client.acknowledged.len() == 1));
+    // A post-quantum ClientHello spans two Initials; each may arrive before the client saw a Retry.
+    assert!((1..=2).contains(&pair.server.counters().retries));
+    assert_eq!(pair.server.counters().accepted, 1);
+}
+
+#[test]
+fn a_refused_client_is_told() {
+    let server = Plan { refuse: true, ..Plan::default() };
+    let mut pair = Pair::new(PairConfig::default(), upload(1), server);
+    assert!(pair.run(Duration::from_secs(5), |client, _| !client.closed.is_empty()));
+    let closed = &pair.client_log.lock().expect("log").closed;
+    assert!(matches!(closed[..], [ConnectionError::AbortedByPeer(_)]), "{closed:?}");
+}
+
+#[test]
+fn resets_and_stops_carry_their_codes() {
+    let mut plan = upload(3_000_000);
+    plan.reset_code = Some(77);
+    let mut pair = Pair::new(PairConfig::default(), plan, keep());
+    assert!(pair.run(Duration::from_secs(5), |_, server| !server.resets.is_empty()));
+    assert_eq!(pair.server_log.lock().expect("log").resets[0].1, VarInt::from_u32(77));
+
+    let server = Plan { stop_code: Some(55), ..Plan::default() };
+    let mut pair = Pair::new(PairConfig::default(), upload(3_000_000), server);
+    assert!(pair.run(Duration::from_secs(5), |client, _| !client.stopped.is_empty()));
+    assert_eq!(pair.client_log.lock().expect("log").stopped[0].1, VarInt::from_u32(55));
+}
+
+#[test]
+fn keys_are_updated_in_mid_transfer() {
+    let server = Plan { keep: true, update_keys_every: Some(200_000), ..Plan::default() };
+    let mut pair = Pair::new(PairConfig::default(), upload(2_000_000), server);
+    assert!(pair.run(Duration::from_secs(10), |client, _| client.acknowledged.len() == 1));
+    assert_intact(&pair, 2_000_000);
+}
+
+#[test]
+fn the_path_mtu_is_found_up_to_the_interface() {
+    for mtu in [1500u64, 9000, 65535] {
+        let link =
+            LinkConfig { rate_bps: 1_000_000_000, delay_us: 1_000, mtu, ..LinkConfig::default() };
+        let pair_config = PairConfig { link, interface_mtu: Some(mtu), ..Default::default() };
+        let mut pair = Pair::new(pair_config, upload(20_000_000), Plan::default());
+        assert!(pair.run(Duration::from_secs(20), |client, _| client.acknowledged.len() == 1));
+        let stats = pair.client_log.lock().expect("log").stats.expect("stats");
+        let best = (mtu - 48).min(65527) as f64;
+        println!("MTU {mtu}: {} of {best}", stats.mtu_bytes);
+        assert!(f64::from(stats.mtu_bytes) > 0.98 * best, "MTU {mtu}: {}", stats.mtu_bytes);
+    }
+}
+
+#[test]
+fn a_restarted_server_resets_its_old_connections() {
+    let mut pair = Pair::new(PairConfig::default(), upload(1000), Plan::default());
+    assert!(pair.run(Duration::from_secs(1), |client, _| client.acknowledged.len() == 1));
+    pair.server.shut_down(VarInt::from_u32(3), b"stops");
+    assert!(pair.run(Duration::from_secs(5), |client, _| !client.closed.is_empty()));
+    let closed = &pair.client_log.lock().expect("log").closed;
+    assert!(matches!(closed[..], [ConnectionError::ClosedByPeer { .. }]), "{closed:?}");
+    assert!(pair.server.has_ended());
+}
+
+#[test]
+fn the_same_seed_gives_the_same_transfer() {
+    let outcome = |seed| {
+        let link = LinkConfig {
+            rate_bps: 20_000_000,
+            delay_us: 7_000,
+            loss: 0.01,
+            ..LinkConfig::default()
+        };
+        let mut pair =
+            Pair::new(PairConfig { link, seed, ..Default::default() }, upload(500_000), keep());
+        assert!(pair.run(Duration::from_secs(30), |client, _| client.acknowledged.len() == 1));
+        pair.clock.elapsed()
+    };
+    assert_ne!(outcome(1), outcome(2));
+}
