@@ -3,6 +3,7 @@
 //! ```text
 //! CertificateAuthority (LocalCa | yours) ─► RotatingIdentity ─► ServerTls / ClientTls ─► quinn-proto
 //!                                              TrustStore ──────────┘  (roots, CRLs, files watched)
+//! trustchain::TrustchainServer puts a CA behind a stream; TrustchainAuthority is its client
 //! MaintenanceThread polls: renewals, trust files, ticket keys      SharedKeys: resets, tokens, CIDs
 //! ```
 //!
@@ -34,6 +35,7 @@ mod test_handshake;
 mod tickets;
 mod tls;
 mod trust;
+pub mod trustchain;
 mod verify;
 mod wall_clock;
 

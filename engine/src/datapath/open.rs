@@ -14,7 +14,6 @@ use crate::config::TransportConfig;
 use crate::error::StartError;
 
 /// Open datapaths of one kind, in shard order.
-#[non_exhaustive]
 pub enum Datapaths {
     /// AF_XDP rings, one device queue each.
     AfXdp(Vec<AfXdp>),
