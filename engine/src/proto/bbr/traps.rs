@@ -253,3 +253,56 @@ fn clones_share_the_probe_and_an_mtu_raises_the_floor() {
     bbr.handle_mtu(9000);
     assert_eq!(clone.probe().cwnd_bytes(), 36_000);
 }
+
+#[test]
+fn a_probe_waits_for_the_feedback_of_the_last_one() {
+    let (mut bbr, _) = fresh(Params::BBR2);
+    bbr.full.reached = true;
+    bbr.max_bw.update(1_000_000);
+    bbr.start_probe_down(1);
+    // The wait is long over, but the round is not: its bandwidth is not yet filed.
+    bbr.update_probe_bw(60 * S, &super::RateSample::default());
+    assert_eq!((bbr.state, bbr.max_bw.cycles), (State::ProbeBwCruise, 0));
+    bbr.rounds.start = true;
+    bbr.update_probe_bw(60 * S, &super::RateSample::default());
+    assert_eq!((bbr.state, bbr.max_bw.cycles), (State::ProbeBwRefill, 1));
+}
+
+#[test]
+fn up_has_two_packets_more_than_the_model() {
+    let (mut bbr, _) = fresh(Params::BBR2);
+    bbr.min_rtt.min_rtt_ns = 100 * MS;
+    let bdp = 100_000;
+    assert_eq!(bbr.inflight_for(1_000_000, 1000), bdp);
+    bbr.state = State::ProbeBwUp;
+    assert_eq!(bbr.inflight_for(1_000_000, 1000), bdp + 2 * SMSS);
+}
+
+#[test]
+fn careful_resume_retreats_from_a_path_that_has_changed() {
+    let seed = |mbit: u64, rtt_ms| super::ResumeSeed {
+        bandwidth_bytes_per_s: mbit * MBIT / 8,
+        min_rtt: Duration::from_millis(rtt_ms),
+        jump_bytes_max: u64::MAX,
+    };
+    for params in BOTH {
+        let time = |resume| {
+            let mut sim = Sim::new(link(20, 25_000, 50_000), 1);
+            let mut config = BbrConfig::new(params, 1);
+            config.resume = resume;
+            sim.add_bbr(config, PACKET, 0, 10 * MIB);
+            sim.finish(60 * S);
+            let flow = &sim.flows[0];
+            (flow.done.expect("finished") / MS, flow.lost_packets)
+        };
+        let (cold, _) = time(None);
+        // Ten times the bandwidth: half of it is 625 kB into 250 kB of pipe and queue.
+        let (wrong, lost) = time(Some(seed(200, 50)));
+        println!("{}: cold {cold} ms, wrong seed {wrong} ms, {lost} lost", params.name);
+        assert!(lost > 100 && lost < 625_000 / PACKET, "{}: {lost}", params.name);
+        assert!(wrong < cold * 12 / 10, "{}: {cold} {wrong}", params.name);
+        // Another path altogether: the round trip gives it away, nothing is risked.
+        assert_eq!(time(Some(seed(200, 500))).0, cold);
+        assert_eq!(time(Some(seed(200, 1))).0, cold);
+    }
+}
