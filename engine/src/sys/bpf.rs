@@ -75,9 +75,8 @@ fn attr_fd(fd: BorrowedFd<'_>) -> u32 {
 unsafe fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<libc::c_int> {
     // SAFETY: the pointer and the size describe `attr`, which outlives the call;
     // the kernel takes what lies beyond the size for zero. The rest is the caller's.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>())
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

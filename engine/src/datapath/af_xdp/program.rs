@@ -16,6 +16,7 @@
 mod error;
 
 use std::fmt;
+use std::io;
 use std::net::Ipv6Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -23,6 +24,9 @@ use std::time::{Duration, Instant};
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, XskMap};
 use aya::programs::Xdp;
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use rustix::io::Errno;
+use rustix::net::netdevice::index_to_name;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use stoq_ebpf::{
     Address, Counter, PORT_KEY_BYTES, PortKey, PortValue, QUEUES_MAX, XDP_OBJECT, maps,
 };
@@ -287,12 +291,26 @@ fn attach_link(
     loop {
         let error = match bpf::create_xdp_link(program.as_fd(), ifindex, hook) {
             Ok(link) => return Ok(link),
-            Err(error) => ProgramError::new(ifname, Step::Attach, &error),
+            Err(error) => {
+                let error = missing_interface(ifindex).unwrap_or(error);
+                ProgramError::new(ifname, Step::Attach, &error)
+            }
         };
         if !matches!(error, ProgramError::Busy { .. }) || Instant::now() >= deadline {
             return Err(error);
         }
         std::thread::sleep(BUSY_PAUSE);
+    }
+}
+
+/// ENODEV, if there is no such interface: the kernel answers `BPF_LINK_CREATE`
+/// with EINVAL then, as drivers do for their own reasons.
+fn missing_interface(ifindex: u32) -> Option<io::Error> {
+    let socket = socket_with(AddressFamily::INET6, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    match index_to_name(&socket.ok()?, ifindex) {
+        Err(Errno::NODEV) => Some(Errno::NODEV.into()),
+        // It exists, or nothing is known: the first error stands.
+        _ => None,
     }
 }
 
