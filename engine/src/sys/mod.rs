@@ -5,6 +5,7 @@
 //! the system call, and leaves names, advice and policy to its callers.
 #![allow(unsafe_code)]
 
+pub(crate) mod bpf;
 pub(crate) mod cursor;
 pub(crate) mod ethtool;
 pub(crate) mod mmap;

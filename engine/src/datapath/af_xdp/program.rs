@@ -18,13 +18,15 @@ mod error;
 use std::fmt;
 use std::io;
 use std::net::Ipv6Addr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray, XskMap};
-use aya::programs::links::FdLink;
-use aya::programs::{Xdp, XdpMode};
+use aya::programs::Xdp;
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use rustix::io::Errno;
+use rustix::net::netdevice::index_to_name;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use stoq_ebpf::{
     Address, Counter, PORT_KEY_BYTES, PortKey, PortValue, QUEUES_MAX, XDP_OBJECT, maps,
 };
@@ -32,6 +34,7 @@ use tracing::{info, warn};
 
 use self::error::errno;
 pub use self::error::{ProgramError, Step};
+use crate::sys::bpf::{self, XdpHook};
 
 /// How long [`XdpProgram::attach`] waits for an interface that another program
 /// holds: a link whose owner has just died is released asynchronously.
@@ -86,8 +89,7 @@ impl XdpCounters {
 
 /// The program, attached to one interface. See the [module documentation](self).
 pub struct XdpProgram {
-    // Dropped first, and with it the program leaves the interface.
-    _link: FdLink,
+    link: OwnedFd,
     ports: HashMap<MapData, [u8; PORT_KEY_BYTES], PortValue>,
     sockets: XskMap<MapData>,
     counters: PerCpuArray<MapData, u64>,
@@ -101,6 +103,16 @@ impl fmt::Debug for XdpProgram {
             .field("interface", &self.interface)
             .field("mode", &self.mode)
             .finish_non_exhaustive()
+    }
+}
+
+impl Drop for XdpProgram {
+    fn drop(&mut self) {
+        // Closing the link would do, but only with its last copy: a child that
+        // was forked just now still has one until it calls exec.
+        if let Err(error) = bpf::detach_link(self.link.as_fd()) {
+            warn!(interface = self.interface, %error, "XDP program not detached: closing the link");
+        }
     }
 }
 
@@ -127,17 +139,19 @@ impl XdpProgram {
         let (ports, sockets, counters) = take_maps(&mut ebpf).map_err(failed(Step::CreateMaps))?;
         let program = xdp_program(&mut ebpf);
         program.load().map_err(|error| ProgramError::new(ifname, Step::Load, &error))?;
-        let (link, mode) = match (attach_link(program, ifindex, ifname, mode), mode) {
-            (Err(ProgramError::NoDriverSupport { source, .. }), None) if allow_skb => {
+        let mut attached_mode = mode.unwrap_or(AttachMode::Driver);
+        let link = match attach_link(program, ifindex, ifname, attached_mode) {
+            Err(ProgramError::NoDriverSupport { source, .. }) if mode.is_none() && allow_skb => {
                 warn!(interface = ifname, %source, "no XDP in the driver: attaching in SKB mode");
-                let mode = AttachMode::Skb;
-                (attach_link(program, ifindex, ifname, Some(mode))?, mode)
+                attached_mode = AttachMode::Skb;
+                attach_link(program, ifindex, ifname, attached_mode)?
             }
-            (link, mode) => (link?, mode.unwrap_or(AttachMode::Driver)),
+            link => link?,
         };
+        let mode = attached_mode;
         info!(interface = ifname, mode = mode.name(), "XDP program attached");
         // The program's own descriptor goes with `ebpf`: the link keeps it loaded.
-        Ok(Self { _link: link, ports, sockets, counters, mode, interface: ifname.to_owned() })
+        Ok(Self { link, ports, sockets, counters, mode, interface: ifname.to_owned() })
     }
 
     /// How the program is attached.
@@ -263,34 +277,41 @@ fn xdp_program(ebpf: &mut Ebpf) -> &mut Xdp {
 
 /// Attaches by bpf_link, waiting a bounded time for an interface that is held.
 fn attach_link(
-    program: &mut Xdp,
+    program: &Xdp,
     ifindex: u32,
     ifname: &str,
-    mode: Option<AttachMode>,
-) -> Result<FdLink, ProgramError> {
-    let mode = match mode {
-        None | Some(AttachMode::Driver) => XdpMode::Driver,
-        Some(AttachMode::Skb) => XdpMode::Skb,
+    mode: AttachMode,
+) -> Result<OwnedFd, ProgramError> {
+    let hook = match mode {
+        AttachMode::Driver => XdpHook::Driver,
+        AttachMode::Skb => XdpHook::Skb,
     };
+    let program = program.fd().expect("the program is loaded");
     let deadline = Instant::now() + BUSY_WAIT_MAX;
-    let link_id = loop {
-        match program.attach_to_if_index(ifindex, mode) {
-            Ok(link_id) => break link_id,
-            Err(error) => match ProgramError::new(ifname, Step::Attach, &error) {
-                ProgramError::Busy { .. } if Instant::now() < deadline => {
-                    std::thread::sleep(BUSY_PAUSE);
-                }
-                error => return Err(error),
-            },
+    loop {
+        let error = match bpf::create_xdp_link(program.as_fd(), ifindex, hook) {
+            Ok(link) => return Ok(link),
+            Err(error) => {
+                let error = missing_interface(ifindex).unwrap_or(error);
+                ProgramError::new(ifname, Step::Attach, &error)
+            }
+        };
+        if !matches!(error, ProgramError::Busy { .. }) || Instant::now() >= deadline {
+            return Err(error);
         }
-    };
-    let link = program.take_link(link_id).expect("the link that was just attached");
-    // aya falls back to netlink where the kernel refuses a link (EINVAL). Such
-    // an attachment would outlive a killed process: give it back.
-    FdLink::try_from(link).map_err(|_| {
-        let source = io::Error::from_raw_os_error(libc::EINVAL);
-        ProgramError::Refused { interface: ifname.to_owned(), source }
-    })
+        std::thread::sleep(BUSY_PAUSE);
+    }
+}
+
+/// ENODEV, if there is no such interface: the kernel answers `BPF_LINK_CREATE`
+/// with EINVAL then, as drivers do for their own reasons.
+fn missing_interface(ifindex: u32) -> Option<io::Error> {
+    let socket = socket_with(AddressFamily::INET6, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    match index_to_name(&socket.ok()?, ifindex) {
+        Err(Errno::NODEV) => Some(Errno::NODEV.into()),
+        // It exists, or nothing is known: the first error stands.
+        _ => None,
+    }
 }
 
 fn port_key(port: u16, addr: Option<Ipv6Addr>) -> [u8; PORT_KEY_BYTES] {

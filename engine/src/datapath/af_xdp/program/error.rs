@@ -257,20 +257,14 @@ pub(super) fn errno(error: &(dyn Error + 'static)) -> Option<i32> {
     None
 }
 
-/// Some of aya's variants are transparent: they stand for the error inside
-/// them, which is then not among the sources.
+/// A transparent variant of aya's stands for the error inside it, which is then
+/// not among its sources.
 fn own_errno(error: &(dyn Error + 'static)) -> Option<i32> {
-    use aya::programs::{ProgramError, XdpError};
     if let Some(error) = error.downcast_ref::<io::Error>() {
         return error.raw_os_error();
     }
-    if let Some(MapError::IoError(error)) = error.downcast_ref() {
-        return error.raw_os_error();
-    }
     match error.downcast_ref()? {
-        ProgramError::IOError(error) => error.raw_os_error(),
-        ProgramError::XdpError(XdpError::NetlinkError(error))
-        | ProgramError::NetlinkError(error) => error.raw_os_error(),
+        MapError::IoError(error) => error.raw_os_error(),
         _ => None,
     }
 }
