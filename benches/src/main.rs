@@ -1,5 +1,8 @@
 //! `stoq`: serve, fetch and measure with the STOQ engine.
 
+// Modules of a binary: `pub` means "for the other modules".
+#![allow(unreachable_pub)]
+
 mod client;
 mod cpu;
 mod engine;

@@ -204,6 +204,8 @@ impl ShardCx<'_> {
     ///
     /// # Errors
     /// Gives the client back when it is validated already.
+    // The large error hands the client back; it lives on the stack for one call.
+    #[allow(clippy::result_large_err)]
     pub fn retry(&mut self, incoming: Incoming) -> Result<(), Incoming> {
         self.proto.retry(incoming.0).map_err(Incoming)
     }

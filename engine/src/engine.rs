@@ -274,10 +274,10 @@ impl Starter {
         let thread = std::thread::Builder::new()
             .name(format!("stoq-shard-{shard}"))
             .spawn(move || {
-                if let Some(core) = core {
-                    if !core_affinity::set_for_current(core) {
-                        tracing::warn!(shard, core = core.id, "could not pin the shard's thread");
-                    }
+                if let Some(core) = core
+                    && !core_affinity::set_for_current(core)
+                {
+                    tracing::warn!(shard, core = core.id, "could not pin the shard's thread");
                 }
                 let proto = Protocol::new(setup, std::time::Instant::now());
                 let mailbox = siblings.mailboxes[shard].clone();

@@ -278,11 +278,11 @@ impl RecvStream {
         for registered in [false, true] {
             // The end is read before the queue: it is set after the last chunk was pushed.
             let end = self.shared.recv_end();
-            if self.rest.is_empty() {
-                if let Some(chunk) = self.shared.recv_queue.pop() {
-                    self.on_taken(chunk.len());
-                    self.rest = chunk;
-                }
+            if self.rest.is_empty()
+                && let Some(chunk) = self.shared.recv_queue.pop()
+            {
+                self.on_taken(chunk.len());
+                self.rest = chunk;
             }
             if !self.rest.is_empty() {
                 let len = self.rest.len().min(bytes_max);
@@ -308,10 +308,10 @@ impl RecvStream {
                 }
                 None => {}
             }
-            if let Some(reason) = self.conn.shared.closed() {
-                if registered {
-                    return Poll::Ready(Err(ReadError::ConnectionLost(reason)));
-                }
+            if let Some(reason) = self.conn.shared.closed()
+                && registered
+            {
+                return Poll::Ready(Err(ReadError::ConnectionLost(reason)));
             }
             if !registered {
                 self.shared.recv_waker.register(cx.waker());

@@ -367,7 +367,7 @@ impl StatsCell {
                 *value = cell.load(Relaxed);
             }
             std::sync::atomic::fence(Acquire);
-            if before % 2 == 0 && self.sequence.load(Relaxed) == before {
+            if before.is_multiple_of(2) && self.sequence.load(Relaxed) == before {
                 return ConnectionStats::from_array(values);
             }
             std::hint::spin_loop();

@@ -30,7 +30,7 @@ pub(crate) fn run<D: Datapath, C: Clock>(mut shard: Shard<D, C>, spin: Duration)
             continue;
         }
         idle_turns += 1;
-        if idle_turns % IDLE_TURNS_PER_CLOCK_CHECK != 0 && !spin.is_zero() {
+        if !idle_turns.is_multiple_of(IDLE_TURNS_PER_CLOCK_CHECK) && !spin.is_zero() {
             std::hint::spin_loop();
             continue;
         }
