@@ -39,7 +39,7 @@ const BPF_LINKER_VERSION: &str = "0.13.0";
 const LLVM_VERSION: &str = "22";
 
 /// `cargo xtask ebpf …`
-#[derive(Subcommand)]
+#[derive(Debug, Subcommand)]
 pub(crate) enum EbpfCmd {
     /// Compiles the programs and writes the objects to be committed.
     Build(BuildArgs),
@@ -48,7 +48,7 @@ pub(crate) enum EbpfCmd {
 }
 
 /// Options of `cargo xtask ebpf build`.
-#[derive(Args)]
+#[derive(Debug, Args)]
 pub(crate) struct BuildArgs {
     /// Compiler to use.
     #[arg(long, value_enum, default_value_t)]
@@ -59,7 +59,7 @@ pub(crate) struct BuildArgs {
 }
 
 /// Options of `cargo xtask ebpf check`.
-#[derive(Args)]
+#[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
     /// Compiler to rebuild with.
     #[arg(long, value_enum, default_value_t)]
