@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use serde_json::json;
 use stoq::config::{CongestionControl, TransportConfig};
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::{Engine, ShardStats};
@@ -114,7 +115,8 @@ pub fn datapath_words(engine: &Engine) -> (String, String) {
 pub fn xdp_json(engine: &Engine) -> anyhow::Result<serde_json::Value> {
     let Some(counters) = engine.xdp_counters() else { return Ok(serde_json::Value::Null) };
     let counters = counters.map_err(anyhow::Error::msg).context("reading the XDP counters")?;
-    Ok(counters.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect())
+    let counters = counters.into_iter().map(|(name, value)| (name.to_owned(), json!(value)));
+    Ok(serde_json::Value::Object(counters.collect()))
 }
 
 /// Shard and datapath counters summed over the shards, as a JSON object.

@@ -66,9 +66,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         key: args.key.as_deref(),
         cert_out: args.cert_out.as_deref(),
     })?;
+    // Renews the certificate for as long as we serve.
+    let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
     let engine = Engine::builder()
         .config(args.transport.transport(args.listen)?)
-        .server(server)
+        .server(server.quic())
         .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
         .start()?;
     announce(args, &engine)?;

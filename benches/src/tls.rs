@@ -1,10 +1,15 @@
 //! Certificates of the commands.
 
-use std::net::SocketAddrV6;
+use std::fmt::Write as _;
+use std::net::{Ipv6Addr, SocketAddrV6};
 use std::path::Path;
 use std::sync::Arc;
 
-use stoq::quic::{QuicClientConfig, QuicServerConfig};
+use anyhow::Context;
+use stoq::certs::{ClientTls, IdentityNames, RotatingIdentity, ServerTls};
+use stoq::quic::QuicClientConfig;
+
+use crate::client::TrustArgs;
 
 /// What a server shows.
 pub struct ServerOptions<'a> {
@@ -20,4 +25,91 @@ pub struct ServerOptions<'a> {
     pub key: Option<&'a Path>,
     /// Where to write what clients shall trust.
     pub cert_out: Option<&'a Path>,
+}
+
+/// The server's TLS: the given certificate, or one under a root of its own in memory.
+pub fn server(options: &ServerOptions<'_>) -> anyhow::Result<ServerTls> {
+    let identity = match (options.cert, options.key) {
+        (Some(cert), Some(key)) => RotatingIdentity::from_pem_files(cert, key),
+        _ => RotatingIdentity::self_signed(names(options)?),
+    }
+    .start()
+    .context("the server's certificate")?;
+    if let Some(path) = options.cert_out {
+        let pem: String = identity.roots().iter().map(|root| pem(root)).collect();
+        anyhow::ensure!(!pem.is_empty(), "--cert-out: with --cert, clients trust your own root");
+        std::fs::write(path, pem).with_context(|| format!("writing {}", path.display()))?;
+    }
+    ServerTls::builder()
+        .identity(identity)
+        .alpn(options.alpn.iter().map(String::as_bytes))
+        .key_log(true)
+        .build()
+        .context("the server's TLS")
+}
+
+/// The client's TLS configuration for one protocol.
+pub fn client(trust: &TrustArgs, alpn: &str) -> anyhow::Result<Arc<QuicClientConfig>> {
+    let mut builder = ClientTls::builder().alpn([alpn]).key_log(true);
+    builder = match (&trust.ca, trust.danger_insecure) {
+        (Some(path), _) => builder.roots_pem(path),
+        (None, true) => builder.danger_accept_any_server_certificate(),
+        (None, false) => {
+            anyhow::bail!("whom to trust? give --ca FILE.pem (the server's --cert-out writes one)")
+        }
+    };
+    Ok(builder.build().context("the client's TLS")?.quic())
+}
+
+/// The listen address, or every address of this machine when it listens on all, and the names asked for.
+fn names(options: &ServerOptions<'_>) -> anyhow::Result<IdentityNames> {
+    let mut names = IdentityNames::new().with_dns("localhost")?;
+    for name in options.names {
+        names = match name.parse::<Ipv6Addr>() {
+            Ok(address) => names.with_ipv6(address),
+            Err(_not_an_address) => names.with_dns(name)?,
+        };
+    }
+    if !options.listen.ip().is_unspecified() {
+        return Ok(names.with_ipv6(*options.listen.ip()));
+    }
+    let text = std::fs::read_to_string("/proc/net/if_inet6").context("/proc/net/if_inet6")?;
+    for address in text.lines().filter_map(|line| line.split(' ').next()) {
+        let bits = u128::from_str_radix(address, 16).context("/proc/net/if_inet6")?;
+        names = names.with_ipv6(Ipv6Addr::from_bits(bits));
+    }
+    Ok(names)
+}
+
+/// RFC 7468's text of a certificate.
+fn pem(der: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut base64 = String::with_capacity(der.len() * 4 / 3 + 4);
+    for group in der.chunks(3) {
+        let bits = group.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte))
+            << (8 * (3 - group.len()));
+        for place in 0..4 {
+            let symbol = ALPHABET[(bits >> (18 - 6 * place)) as usize & 63];
+            base64.push(if place <= group.len() { symbol.into() } else { '=' });
+        }
+    }
+    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in base64.as_bytes().chunks(64) {
+        let line = std::str::from_utf8(line).expect("base64 is ASCII");
+        writeln!(text, "{line}").expect("a String takes everything");
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pem_of_known_bytes() {
+        assert!(pem(b"Man").contains("\nTWFu\n"));
+        assert!(pem(b"Ma").contains("\nTWE=\n"));
+        assert!(pem(b"M").contains("\nTQ==\n"));
+    }
 }

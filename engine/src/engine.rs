@@ -207,7 +207,6 @@ impl Starter {
         let xdp = opened.xdp.clone();
         let result = match opened.datapaths {
             open::Datapaths::AfXdp(paths) => self.spawn_all(paths),
-            open::Datapaths::IoUring(paths) => self.spawn_all(paths),
             open::Datapaths::Socket(paths) => self.spawn_all(paths),
         };
         let engine = Engine {
@@ -331,6 +330,12 @@ impl Engine {
     #[must_use]
     pub fn local_addr(&self) -> SocketAddrV6 {
         self.local
+    }
+
+    /// Whether at least one shard runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.shared.is_running()
     }
 
     /// What carries each shard.

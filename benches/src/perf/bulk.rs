@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
 use clap::Args as ClapArgs;
 use serde_json::json;
 use stoq::app::{ConnId, ReadOutcome, ShardApp, ShardCx};

@@ -47,7 +47,7 @@ impl Packet for XdpPacket<'_> {
     /// `offset_bytes` and `N` must be even, as all of the decoder's are.
     #[inline(always)]
     fn read<const N: usize>(&self, offset_bytes: usize) -> Option<[u8; N]> {
-        const { assert!(N % 2 == 0) };
+        const { assert!(N.is_multiple_of(2)) };
         let start = self.0.data() + offset_bytes;
         if start + N > self.0.data_end() {
             return None;

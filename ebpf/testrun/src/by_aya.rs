@@ -46,10 +46,11 @@ impl LoadedObject for AyaObject {
     }
 
     fn set_socket(&mut self, socket: Option<BorrowedFd<'_>>) -> Result<()> {
-        Ok(match socket {
+        match socket {
             Some(socket) => self.sockets.set(0, socket, 0)?,
             None => self.sockets.unset(0)?,
-        })
+        }
+        Ok(())
     }
 
     fn run(&mut self, packet: &[u8], linear_bytes: Option<usize>) -> Result<u32> {

@@ -44,20 +44,23 @@ impl LoadedObject for LibbpfObject {
 
     fn set_socket(&mut self, socket: Option<BorrowedFd<'_>>) -> Result<()> {
         let queue = 0_u32.to_ne_bytes();
-        Ok(match socket {
+        match socket {
             Some(socket) => {
                 self.sockets.update(&queue, &socket.as_raw_fd().to_ne_bytes(), MapFlags::ANY)?
             }
             None => self.sockets.delete(&queue)?,
-        })
+        }
+        Ok(())
     }
 
     fn run(&mut self, packet: &[u8], linear_bytes: Option<usize>) -> Result<u32> {
         let mut context = linear_bytes.map(context);
         let program = self.object.progs_mut().find(|program| program.name() == maps::XDP_PROGRAM);
-        let mut input = ProgramInput::default();
-        input.data_in = Some(packet);
-        input.context_in = context.as_mut().map(|context| &mut context[..]);
+        let input = ProgramInput {
+            data_in: Some(packet),
+            context_in: context.as_mut().map(|context| &mut context[..]),
+            ..ProgramInput::default()
+        };
         Ok(program.context("no such program")?.test_run(input)?.return_value)
     }
 

@@ -162,12 +162,12 @@ impl LocalCa {
         config.validate()?;
         let policy = NamePolicy::new(&config.permitted_dns, &config.permitted_ipv6)?;
         let now = clock.now();
-        let (material, fresh) = match storage.read(CA_FILE)? {
+        let (material, fresh) = match storage.read(CA_FILE, Access::Owner)? {
             Some(bytes) => (Material::parse(&bytes)?, false),
             None => (Material::generate(&config, &policy, now)?, true),
         };
         CertificateSummary::parse(&material.root)?.check_dates(now)?;
-        let state = match storage.read(STATE_FILE)? {
+        let state = match storage.read(STATE_FILE, Access::Owner)? {
             Some(bytes) => CaState::parse(&bytes)?,
             None => CaState::default(),
         };
@@ -175,7 +175,9 @@ impl LocalCa {
             storage.replace(CA_FILE, material.to_pem().as_bytes(), Access::Owner)?;
         }
         let root_pem = pem::encode("CERTIFICATE", &material.root);
-        storage.replace(ROOT_FILE, root_pem.as_bytes(), Access::Everyone)?;
+        if storage.read(ROOT_FILE, Access::Everyone)?.as_deref() != Some(root_pem.as_bytes()) {
+            storage.replace(ROOT_FILE, root_pem.as_bytes(), Access::Everyone)?;
+        }
         Ok(Self { config, policy, clock, storage, inner: Mutex::new(Inner { material, state }) })
     }
 

@@ -91,7 +91,8 @@ fn parse_error(error: &pem::Error, text: &[u8], what: &str, kind: &str) -> Certs
     CertsError::Parse { fault, what: what.to_owned(), reason }
 }
 
-fn read_public(path: &Path) -> Result<Vec<u8>, CertsError> {
+/// Reads a file that anyone may read.
+pub(super) fn read_public(path: &Path) -> Result<Vec<u8>, CertsError> {
     read_bounded(&open(path)?, path)
 }
 

@@ -23,8 +23,9 @@ const TEMPORARY_ENDING: &str = ".tmp";
 
 /// Small named files that are replaced as a whole.
 pub(super) trait Storage: Send + Sync {
-    /// The content of `name`, or `None` if it was never written.
-    fn read(&self, name: &str) -> Result<Option<Vec<u8>>, CertsError>;
+    /// The content of `name`, or `None` if it was never written. A file for the owner that others
+    /// can read is refused.
+    fn read(&self, name: &str, access: Access) -> Result<Option<Vec<u8>>, CertsError>;
     /// Replaces `name`. After an error the old content stands.
     fn replace(&self, name: &str, content: &[u8], access: Access) -> Result<(), CertsError>;
 }
@@ -111,12 +112,15 @@ impl Directory {
 }
 
 impl Storage for Directory {
-    fn read(&self, name: &str) -> Result<Option<Vec<u8>>, CertsError> {
+    fn read(&self, name: &str, access: Access) -> Result<Option<Vec<u8>>, CertsError> {
         let path = self.path.join(name);
         if !path.try_exists().map_err(|error| CertsError::file("stat", &path, error))? {
             return Ok(None);
         }
-        pem::read_private(&path).map(Some)
+        match access {
+            Access::Owner => pem::read_private(&path).map(Some),
+            Access::Everyone => pem::read_public(&path).map(Some),
+        }
     }
 
     fn replace(&self, name: &str, content: &[u8], access: Access) -> Result<(), CertsError> {
@@ -188,7 +192,7 @@ pub(super) struct Memory {
 }
 
 impl Storage for Memory {
-    fn read(&self, name: &str) -> Result<Option<Vec<u8>>, CertsError> {
+    fn read(&self, name: &str, _access: Access) -> Result<Option<Vec<u8>>, CertsError> {
         Ok(self.files.lock().expect("no panic while locked").get(name).cloned())
     }
 
@@ -233,10 +237,10 @@ mod tests {
     fn replacing_keeps_modes_and_leaves_no_rest() {
         let dir = TestDir::new();
         let directory = Directory::open(dir.path()).unwrap();
-        assert_eq!(directory.read("key").unwrap(), None);
+        assert_eq!(directory.read("key", Access::Owner).unwrap(), None);
         for content in [&b"one"[..], b"", b"three, which is longer"] {
             directory.replace("key", content, Access::Owner).unwrap();
-            assert_eq!(directory.read("key").unwrap().unwrap(), content);
+            assert_eq!(directory.read("key", Access::Owner).unwrap().unwrap(), content);
         }
         let mode = fs::metadata(dir.path().join("key")).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600);

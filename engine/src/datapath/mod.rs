@@ -12,15 +12,17 @@
 //! when the call returns.
 
 pub mod af_xdp;
+pub mod choice;
+pub mod io_uring;
+pub mod open;
+pub mod sim;
+pub mod socket;
+pub mod udp_socket;
 
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-pub mod choice;
-mod null;
-pub mod open;
-pub mod sim;
 
 use bytes::{BufMut, BytesMut};
 

@@ -8,5 +8,8 @@
 pub(crate) mod cursor;
 pub(crate) mod ethtool;
 pub(crate) mod mmap;
+pub(crate) mod raw_array;
+pub(crate) mod udp;
 pub(crate) mod udp_receive;
+pub(crate) mod uring;
 pub(crate) mod xsk;

@@ -5,7 +5,7 @@ use std::fmt;
 /// The right to read and write one frame of a [`Umem`](super::Umem), and the duty to bring it back.
 ///
 /// A token exists exactly while userspace holds the frame: handing the frame to
-/// the kernel ([`to_fill`](super::Umem::to_fill), [`to_tx`](super::Umem::to_tx))
+/// the kernel ([`give_to_fill`](super::Umem::give_to_fill), [`give_to_tx`](super::Umem::give_to_tx))
 /// consumes it, and it can be neither cloned nor made up, so a frame submitted
 /// twice does not compile. A
 /// token that is dropped instead is a frame lost; the conservation check

@@ -1,17 +1,17 @@
 //! Packet memory: one UMEM per AF_XDP socket, cut into frames of equal size.
 //!
 //! ```text
-//!                  take                    to_tx
-//!        ┌──────┐ ──────▶ ┌───────────┐ ─────────▶ ┌────┐  TX ring → device →
-//!        │ free │         │ held:     │            │ tx │  completion ring
-//!        └──────┘         │ a `Frame` │            └────┘
-//!            ▲            └───────────┘               │
-//!            │              ▲       │ to_fill         │ complete
-//!            │      from_rx │       ▼                 │
-//!            │             ┌─────────┐                │
-//!            │             │ fill    │ fill ring → device → RX ring
-//!            │             └─────────┘                │
-//!            └────────────────────────────────────────┘
+//!            take                give_to_tx
+//!  ┌──────┐ ──────▶ ┌───────────┐ ─────────▶ ┌────┐
+//!  │ free │         │ held:     │            │ tx │ TX ring → device →
+//!  └──────┘         │ a `Frame` │            └────┘ completion ring
+//!      ▲            └───────────┘               │
+//!      │  take_from_rx ▲     │ give_to_fill     │ complete
+//!      │               │     ▼                  │
+//!      │            ┌───────────┐               │
+//!      │            │ fill      │ fill ring → device → RX ring
+//!      │            └───────────┘               │
+//!      └────────────────────────────────────────┘
 //! ```
 //! Every frame is in exactly one place. A ledger with one byte per frame records
 //! which; each arrow above checks and moves it. The ledger is what makes a token
@@ -130,7 +130,7 @@ impl Umem {
     }
 
     /// Gives a frame to the kernel to receive into; the address is for the fill ring.
-    pub(crate) fn to_fill(&mut self, frame: Frame) -> u64 {
+    pub(crate) fn give_to_fill(&mut self, frame: Frame) -> u64 {
         let index = self.own_index(&frame);
         self.move_frame(index, Place::Held, Place::Fill);
         self.address_of(index)
@@ -140,14 +140,14 @@ impl Umem {
     ///
     /// # Panics
     /// If the kernel did not have that frame for receiving.
-    pub(crate) fn from_rx(&mut self, address: u64) -> (Frame, u32) {
+    pub(crate) fn take_from_rx(&mut self, address: u64) -> (Frame, u32) {
         let (index, offset) = self.locate(address);
         self.move_frame(index, Place::Fill, Place::Held);
         (Frame::new(index, self.id), offset)
     }
 
     /// Gives a frame to the kernel to send; the address of its first byte is for the TX ring.
-    pub(crate) fn to_tx(&mut self, frame: Frame) -> u64 {
+    pub(crate) fn give_to_tx(&mut self, frame: Frame) -> u64 {
         let index = self.own_index(&frame);
         self.move_frame(index, Place::Held, Place::Tx);
         self.address_of(index)
@@ -284,17 +284,17 @@ mod tests {
     fn a_frame_goes_round_by_both_ways() {
         let mut umem = umem();
         let frame = umem.take().expect("free");
-        let address = umem.to_fill(frame);
+        let address = umem.give_to_fill(frame);
         assert_eq!(umem.census().fill, 1);
         umem.write_as_kernel(address + 256, b"packet");
-        let (frame, offset) = umem.from_rx(address + 256);
+        let (frame, offset) = umem.take_from_rx(address + 256);
         assert_eq!(offset, 256);
         assert_eq!(&umem.bytes(&frame)[256..262], b"packet");
         umem.put(frame);
 
         let mut frame = umem.take().expect("free");
         umem.bytes_mut(&mut frame)[..5].copy_from_slice(b"reply");
-        let address = umem.to_tx(frame);
+        let address = umem.give_to_tx(frame);
         assert_eq!(umem.read_as_kernel(address, 5), b"reply");
         umem.complete(address + 24);
         umem.assert_conserved(0);
@@ -303,7 +303,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "from Fill to Held")]
     fn an_address_that_the_kernel_never_had_stops_the_program() {
-        let _ = umem().from_rx(2048);
+        let _ = umem().take_from_rx(2048);
     }
 
     #[test]
@@ -311,7 +311,7 @@ mod tests {
     fn a_second_completion_of_one_frame_stops_the_program() {
         let mut umem = umem();
         let frame = umem.take().expect("free");
-        let address = umem.to_tx(frame);
+        let address = umem.give_to_tx(frame);
         umem.complete(address);
         umem.complete(address);
     }
@@ -333,7 +333,7 @@ mod tests {
     #[should_panic(expected = "lost or leaked")]
     fn a_dropped_token_is_found() {
         let mut umem = umem();
-        drop(umem.take());
+        let _lost = umem.take();
         umem.assert_conserved(0);
     }
 }

@@ -6,12 +6,10 @@ use std::net::Ipv6Addr;
 pub const HEADER_BYTES: usize = 40;
 /// Next header value of UDP.
 pub const NEXT_HEADER_UDP: u8 = 17;
-/// Next header value of the fragment header (RFC 8200 §4.5).
-pub const NEXT_HEADER_FRAGMENT: u8 = 44;
 /// Largest flow label: 20 bits (RFC 6437 §2).
 pub const FLOW_LABEL_MAX: u32 = 0xf_ffff;
 
-/// The fields of an IPv6 header.
+/// The fields of an IPv6 header to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ipv6Header {
     /// DSCP (6 bits) and ECN (2 bits).
@@ -31,27 +29,6 @@ pub struct Ipv6Header {
 }
 
 impl Ipv6Header {
-    /// Reads a header, or `None` if the version field is not 6. Nothing else is checked.
-    #[inline]
-    #[must_use]
-    pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
-        let first = u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        if first >> 28 != 6 {
-            return None;
-        }
-        let (_, addresses) = bytes.split_at(8);
-        let (src, dst) = addresses.split_at(16);
-        Some(Self {
-            traffic_class: (first >> 20) as u8,
-            flow_label: first & FLOW_LABEL_MAX,
-            payload_len: u16::from_be_bytes([bytes[4], bytes[5]]),
-            next_header: bytes[6],
-            hop_limit: bytes[7],
-            src: address(src),
-            dst: address(dst),
-        })
-    }
-
     /// The header's bytes. Bits of the flow label above 20 are left out.
     #[inline]
     #[must_use]
@@ -69,18 +46,18 @@ impl Ipv6Header {
     }
 }
 
-/// Whether IANA lists `next_header` as an IPv6 extension header type (RFC 7045
-/// §4); the fragment header, 44, is told apart with [`NEXT_HEADER_FRAGMENT`].
+/// The traffic class of a header: DSCP and ECN.
 #[inline]
 #[must_use]
-pub const fn is_extension_header(next_header: u8) -> bool {
-    matches!(next_header, 0 | 43 | 50 | 51 | 60 | 135 | 139 | 140 | 253 | 254)
+pub const fn traffic_class(header: &[u8; HEADER_BYTES]) -> u8 {
+    header[0] << 4 | header[1] >> 4
 }
 
+/// The hop limit of a header.
 #[inline]
-fn address(bytes: &[u8]) -> Ipv6Addr {
-    let octets: [u8; 16] = bytes.try_into().expect("an IPv6 header holds two addresses");
-    Ipv6Addr::from(octets)
+#[must_use]
+pub const fn hop_limit(header: &[u8; HEADER_BYTES]) -> u8 {
+    header[7]
 }
 
 #[cfg(test)]
@@ -105,21 +82,12 @@ mod tests {
         assert_eq!(bytes[..8], [0x6a, 0xeb, 0xee, 0xf5, 0x12, 0x34, 17, 63]);
         assert_eq!(bytes[8..12], [0x20, 0x01, 0x0d, 0xb8]);
         assert_eq!((bytes[23], bytes[39]), (1, 2));
-        assert_eq!(Ipv6Header::parse(&bytes), Some(example()));
+        assert_eq!((traffic_class(&bytes), hop_limit(&bytes)), (0b1010_1110, 63));
     }
 
     #[test]
     fn flow_label_cannot_reach_the_traffic_class() {
         let bytes = Ipv6Header { flow_label: u32::MAX, traffic_class: 0, ..example() }.to_bytes();
         assert_eq!(bytes[..4], [0x60, 0x0f, 0xff, 0xff]);
-    }
-
-    #[test]
-    fn other_versions_are_refused() {
-        for version in (0..16).filter(|&version| version != 6) {
-            let mut bytes = example().to_bytes();
-            bytes[0] = version << 4 | bytes[0] & 0x0f;
-            assert_eq!(Ipv6Header::parse(&bytes), None, "version {version}");
-        }
     }
 }

@@ -1,9 +1,14 @@
 //! Whole packets: Ethernet II, IPv6 and UDP headers read and written as one (RFC 768, RFC 8200).
+//!
+//! Reading is built on [`stoq_ebpf::decode`](mod@stoq_ebpf::decode), which the XDP
+//! program is compiled from too: both always agree on what a packet is.
 
 use std::net::Ipv6Addr;
 
+use stoq_ebpf::{Decoded, UdpDatagram, decode};
+
 use super::ethernet::{self, MacAddr};
-use super::ipv6::{self, Ipv6Header, NEXT_HEADER_FRAGMENT, NEXT_HEADER_UDP};
+use super::ipv6::{self, Ipv6Header, NEXT_HEADER_UDP};
 use super::{HEADERS_BYTES, UDP_PAYLOAD_BYTES_MAX, checksum};
 use crate::datapath::Ecn;
 
@@ -106,57 +111,48 @@ pub enum ParseError {
 /// The reason why the frame is not a well-formed UDP packet over plain IPv6.
 #[inline]
 pub fn parse_udp(head: &[u8], total_len: usize) -> Result<UdpPacket, ParseError> {
-    let (ipv6, udp) = split_headers(head)?;
-    let udp_len = u16::from_be_bytes([udp[4], udp[5]]);
-    let checksum = u16::from_be_bytes([udp[6], udp[7]]);
-    if usize::from(udp_len) < HEADER_BYTES {
-        return Err(ParseError::UdpLengthTooShort);
-    }
-    if udp_len > ipv6.payload_len {
-        return Err(ParseError::UdpLengthTooLong);
-    }
-    if udp_len < ipv6.payload_len {
-        return Err(ParseError::UdpSurplus);
-    }
-    if UDP_OFFSET_BYTES + usize::from(ipv6.payload_len) > total_len {
-        return Err(ParseError::PayloadTooLong);
-    }
-    if checksum == 0 {
+    let udp = match decode(head) {
+        Decoded::Udp(udp) => udp,
+        Decoded::Truncated => return Err(ParseError::Truncated),
+        Decoded::NotIpv6 => return Err(ParseError::NotIpv6),
+        Decoded::Vlan => return Err(ParseError::Vlan),
+        Decoded::ExtensionHeader => return Err(ParseError::ExtensionHeader),
+        Decoded::Fragment => return Err(ParseError::Fragment),
+        Decoded::Icmpv6 | Decoded::OtherProtocol => return Err(ParseError::NotUdp),
+    };
+    check_lengths(&udp, total_len)?;
+    if !udp.has_checksum() {
         return Err(ParseError::ZeroChecksum);
     }
+    let ipv6: &[u8; ipv6::HEADER_BYTES] =
+        head[IPV6_OFFSET_BYTES..].first_chunk().expect("decode has read the IPv6 header");
     Ok(UdpPacket {
-        src: ipv6.src,
-        dst: ipv6.dst,
-        src_port: u16::from_be_bytes([udp[0], udp[1]]),
-        dst_port: u16::from_be_bytes([udp[2], udp[3]]),
-        traffic_class: ipv6.traffic_class,
-        hop_limit: ipv6.hop_limit,
+        src: udp.source.octets().into(),
+        dst: udp.destination.octets().into(),
+        src_port: udp.source_port,
+        dst_port: udp.destination_port,
+        traffic_class: ipv6::traffic_class(ipv6),
+        hop_limit: ipv6::hop_limit(ipv6),
         payload_offset: HEADERS_BYTES,
-        payload_len: usize::from(udp_len) - HEADER_BYTES,
-        checksum,
+        payload_len: usize::from(udp.udp_bytes) - HEADER_BYTES,
+        checksum: udp.checksum,
     })
 }
 
-/// Says what the frame is, in the order in which the XDP program's decoder
-/// does: link layer, IP version, next header, and only then the UDP header.
+/// [`UdpDatagram::lengths_agree`], with the reason if they do not.
 #[inline]
-fn split_headers(head: &[u8]) -> Result<(Ipv6Header, &[u8; HEADER_BYTES]), ParseError> {
-    match ethernet::ethertype(head) {
-        Some(ethernet::ETHERTYPE_IPV6) => {}
-        Some(other) if ethernet::is_vlan(other) => return Err(ParseError::Vlan),
-        Some(_) => return Err(ParseError::NotIpv6),
-        None => return Err(ParseError::Truncated),
+fn check_lengths(udp: &UdpDatagram, total_len: usize) -> Result<(), ParseError> {
+    if udp.lengths_agree(total_len) {
+        Ok(())
+    } else if usize::from(udp.udp_bytes) < HEADER_BYTES {
+        Err(ParseError::UdpLengthTooShort)
+    } else if udp.udp_bytes > udp.ipv6_payload_bytes {
+        Err(ParseError::UdpLengthTooLong)
+    } else if udp.udp_bytes < udp.ipv6_payload_bytes {
+        Err(ParseError::UdpSurplus)
+    } else {
+        Err(ParseError::PayloadTooLong)
     }
-    let packet = &head[IPV6_OFFSET_BYTES..];
-    let (header, rest) = packet.split_first_chunk().ok_or(ParseError::Truncated)?;
-    let ipv6 = Ipv6Header::parse(header).ok_or(ParseError::NotIpv6)?;
-    match ipv6.next_header {
-        NEXT_HEADER_UDP => {}
-        NEXT_HEADER_FRAGMENT => return Err(ParseError::Fragment),
-        other if ipv6::is_extension_header(other) => return Err(ParseError::ExtensionHeader),
-        _ => return Err(ParseError::NotUdp),
-    }
-    Ok((ipv6, rest.first_chunk().ok_or(ParseError::Truncated)?))
 }
 
 /// What [`write_headers`] writes.

@@ -11,7 +11,7 @@ pub(super) const FRAMES_PER_PACKET_MAX: usize = 17;
 /// Sizes and bounds of one AF_XDP datapath (one per queue).
 ///
 /// Memory per queue: (`rx_frames` + `tx_frames`) × `frame_size_bytes`, by
-/// default 6144 × 4096 = 24 MiB, plus about 128 KiB for the rings, plus
+/// default 6144 × 4096 = 24 MiB, plus about 150 KiB for the rings, plus
 /// `slow_path_batch` × 64 KiB.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -24,7 +24,10 @@ pub struct AfXdpLimits {
     pub rx_frames: u32,
     /// Frames for sending. Default 2048: one for each entry of the TX ring.
     pub tx_frames: u32,
-    /// Entries of the fill ring: at least `rx_frames`, so that a frame can always go back.
+    /// Entries of the fill ring: at least twice `rx_frames`, so that a frame can
+    /// always go back. Twice, because the kernel publishes received packets before
+    /// it gives back the fill ring entries that it took for them: for a moment a
+    /// frame that we return has two entries.
     pub fill_ring_entries: u32,
     /// Entries of the completion ring: at least `tx_frames`, so that sending never waits for us to read it.
     pub completion_ring_entries: u32,
@@ -57,7 +60,7 @@ impl Default for AfXdpLimits {
             frame_size_bytes: 4096,
             rx_frames: 4096,
             tx_frames: 2048,
-            fill_ring_entries: 4096,
+            fill_ring_entries: 8192,
             completion_ring_entries: 2048,
             rx_ring_entries: 2048,
             tx_ring_entries: 2048,
@@ -109,10 +112,10 @@ impl AfXdpLimits {
         }
         let span = FRAMES_PER_PACKET_MAX as u32;
         rule(
-            (span..=self.fill_ring_entries).contains(&self.rx_frames),
+            (span..=self.fill_ring_entries / 2).contains(&self.rx_frames),
             "rx_frames",
             self.rx_frames.into(),
-            "use at least 17 (one multi-buffer packet) and at most fill_ring_entries",
+            "use at least 17 (one multi-buffer packet) and at most half of fill_ring_entries",
         )?;
         rule(
             (span..=self.completion_ring_entries).contains(&self.tx_frames),

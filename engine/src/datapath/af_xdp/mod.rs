@@ -8,12 +8,12 @@
 //! ```
 //! * [`open_interface`] opens one [`AfXdp`] per queue; all share one attached
 //!   [`XdpProgram`](program::XdpProgram), which leaves the interface with the last of them.
-//! * [`rings`] says who owns which frame when; [`receive`] and [`transmit`] move
-//!   packets; [`socket`] binds; [`slow_path`] holds the port.
+//! * `rings` says who owns which frame when; `receive` and `transmit` move
+//!   packets; `socket` binds; `slow_path` holds the port.
 //! * Nothing on the packet path allocates, locks or logs; the exceptions are
-//!   datagrams that wait for a neighbour ([`pending`]).
+//!   datagrams that wait for a neighbour (`pending`).
 //!
-//! Lowest kernel: 5.11. Multi-buffer packets 6.6, checksum offload 6.8.
+//! Lowest kernel: 5.18, for the program (`xdp.frags`). Multi-buffer packets 6.6, checksum offload 6.8.
 
 mod error;
 mod limits;
@@ -28,6 +28,7 @@ mod socket;
 mod transmit;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::net::SocketAddrV6;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -95,11 +96,16 @@ pub struct RingCounters {
 }
 
 /// What all datapaths of one interface share: the attached program.
-#[derive(Debug)]
 struct Interface {
     name: String,
     /// Locked when a datapath opens or closes and when counters are read; never per packet.
     program: Mutex<XdpProgram>,
+}
+
+impl fmt::Debug for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Interface").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 impl Interface {
@@ -368,6 +374,9 @@ impl Datapath for AfXdp {
         if payload.len() > self.payload_max {
             return self.drop_tx(TxDrop::TooLarge);
         }
+        if self.failed {
+            return self.drop_tx(TxDrop::Io);
+        }
         if !self.link_up {
             return self.drop_tx(TxDrop::LinkDown);
         }
@@ -428,8 +437,10 @@ impl Datapath for AfXdp {
             tv_sec: bound.as_secs().try_into().unwrap_or(i64::MAX),
             tv_nsec: bound.subsec_nanos().into(),
         });
+        // The error of a socket that has failed stays pending and would end every wait at once.
+        let watched = if self.failed { &mut fds[3..] } else { &mut fds[..] };
         self.counters.system_calls += 1;
-        match poll(&mut fds, bound.as_ref()) {
+        match poll(watched, bound.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(()),
             Err(error) => return Err(error.into()),

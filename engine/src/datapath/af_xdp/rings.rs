@@ -23,9 +23,12 @@
 //!
 //! A frame changes hands in the ledger when it is written to or read from a ring;
 //! the kernel learns of it at the next `commit`, which is later and therefore safe.
-//! Fill and TX are ours to produce, RX and completion ours to consume. The fill
-//! ring has an entry for every frame of the receive side, so it can never be full
-//! when a frame goes back.
+//! Fill and TX are ours to produce, RX and completion ours to consume.
+//!
+//! The fill ring has two entries for every frame of the receive side, so it can
+//! never be full when a frame goes back. One would not do: the kernel's copy mode
+//! publishes a batch of packets on the RX ring first and gives back the fill
+//! entries of that batch after (`xsk_flush`), and a fast receiver is in between.
 
 use crate::sys::cursor::{Consumer, Producer};
 use crate::sys::xsk::{Descriptor, MappedRings, PACKET_CONTINUES};
@@ -62,10 +65,10 @@ impl Rings {
     /// Gives a frame to the kernel to receive into, with the next [`commit_fill`](Self::commit_fill).
     ///
     /// # Panics
-    /// If the fill ring is full: it has an entry for every receive frame.
+    /// If the fill ring is full: it has two entries for every receive frame.
     pub(super) fn push_fill(&mut self, umem: &mut Umem, frame: Frame) {
-        assert!(self.fill.room(1) > 0, "the fill ring holds every receive frame");
-        self.fill.push(umem.to_fill(frame));
+        assert!(self.fill.room(1) > 0, "the fill ring has two entries for every receive frame");
+        self.fill.push(umem.give_to_fill(frame));
     }
 
     /// Publishes the frames given; whether the kernel must be woken to see them.
@@ -76,7 +79,7 @@ impl Rings {
     /// The next fragment received.
     pub(super) fn pop_rx(&mut self, umem: &mut Umem) -> Option<RxFragment> {
         let descriptor = self.rx.pop()?;
-        let (frame, offset) = umem.from_rx(descriptor.addr);
+        let (frame, offset) = umem.take_from_rx(descriptor.addr);
         assert!(
             offset.checked_add(descriptor.len).is_some_and(|end| end <= umem.frame_size_bytes()),
             "received packet exceeds its frame: {descriptor:?}"
@@ -129,7 +132,7 @@ impl Rings {
         options: u32,
     ) {
         assert!(offset + len <= umem.frame_size_bytes(), "sent packet exceeds its frame");
-        let addr = umem.to_tx(frame) + u64::from(offset);
+        let addr = umem.give_to_tx(frame) + u64::from(offset);
         self.tx.push(Descriptor { addr, len, options });
     }
 
@@ -150,7 +153,7 @@ impl Rings {
 }
 
 /// The kernel's ends of the four rings, in memory: what the tests use for a device.
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 pub(super) mod kernel_end {
     use super::*;
     use crate::sys::cursor::ring_in_memory;
@@ -302,6 +305,28 @@ mod tests {
         let frame = umem.take().expect("free");
         rings.push_fill(&mut umem, frame);
         assert!(rings.commit_fill());
+    }
+
+    #[test]
+    fn frames_go_back_before_the_kernel_gives_up_their_fill_entries() {
+        let mut umem = Umem::new(2048, 4).expect("memory");
+        let (mut rings, mut kernel) = rings(SIZES, 0);
+        fill_all(&mut rings, &mut umem, 4);
+        for _ in 0..10 {
+            // A batch of all frames, published before the fill entries are released.
+            while let Some(addr) = kernel.fill.pop() {
+                kernel.rx.push(Descriptor { addr: addr + 256, len: 1, options: 0 });
+            }
+            kernel.rx.commit();
+            while let Some(fragment) = rings.pop_rx(&mut umem) {
+                rings.push_fill(&mut umem, fragment.frame);
+            }
+            rings.release_rx();
+            rings.commit_fill();
+            kernel.fill.release();
+            assert_eq!(kernel.rx.room(4), 4);
+            umem.assert_conserved(0);
+        }
     }
 
     #[test]

@@ -149,8 +149,7 @@ impl Bbr {
         let delivered = self.sampler.delivered - c.delivered_at_first_loss;
         c.loss_in_round
             && c.lost_ranges_in_round >= self.params.startup_full_loss_count
-            && c.lost_in_round
-                > scale(c.lost_in_round + delivered, self.params.loss_thresh_milli)
+            && c.lost_in_round > scale(c.lost_in_round + delivered, self.params.loss_thresh_milli)
     }
 
     /// `AdaptLowerBoundsFromCongestion`, `InitLowerBounds` and `LossLowerBounds`.
@@ -174,8 +173,7 @@ impl Bbr {
             let bw_latest = mul_div(self.congestion.bw_latest, 100, offered);
             let beta = self.params.beta_milli;
             self.bw_lo = bw_latest.max(scale(self.bw_lo, beta));
-            self.inflight_lo =
-                self.congestion.inflight_latest.max(scale(self.inflight_lo, beta));
+            self.inflight_lo = self.congestion.inflight_latest.max(scale(self.inflight_lo, beta));
         }
         self.inflight_lo = self.inflight_lo.min(ecn_inflight_lo);
     }
@@ -204,15 +202,15 @@ impl Bbr {
 
     /// One loss detection: `bytes` lost among the packets sent until `sent_ns`.
     pub(super) fn handle_loss(&mut self, now_ns: u64, sent_ns: u64, bytes: u64, persistent: bool) {
-        if persistent {
-            self.enter_persistent_congestion(now_ns);
-        }
         self.note_congestion();
         self.congestion.loss_in_round = true;
         self.congestion.lost_in_round += bytes;
         let mut scan = self.sampler.start_loss(sent_ns, bytes);
         while let Some(packet) = self.sampler.next_lost(&mut scan) {
             self.handle_lost_packet(now_ns, &packet);
+        }
+        if persistent {
+            self.enter_persistent_congestion(now_ns);
         }
         self.resume_on_congestion();
         self.set_pacing_rate();
@@ -281,7 +279,6 @@ impl Bbr {
     /// flight; the window returns when a packet sent from now on arrives.
     fn enter_persistent_congestion(&mut self, now_ns: u64) {
         self.save_cwnd();
-        self.save_state_upon_loss();
         self.congestion.recovery_start_ns = Some(now_ns);
         self.cwnd = (self.in_flight() + self.smss).max(self.min_pipe_cwnd()).min(self.cwnd);
     }
@@ -348,6 +345,12 @@ impl Bbr {
     }
 
     // ---- Undo --------------------------------------------------------------
+
+    /// What `inflight_hi` was when the loss episode began.
+    #[cfg(test)]
+    pub(super) fn undo_inflight_hi(&self) -> u64 {
+        self.undo.inflight_hi
+    }
 
     fn save_state_upon_loss(&mut self) {
         self.save_cwnd();

@@ -153,6 +153,8 @@ pub struct Bbr {
     /// `C.SMSS`: the largest QUIC packet, bytes.
     smss: u64,
     epoch: Instant,
+    /// The time converted last: all packets of an ACK come with the same.
+    clock: (Instant, u64),
     rng: SplitMix,
     sampler: Sampler,
     probe: BbrProbe,
@@ -199,6 +201,7 @@ impl Bbr {
             initial_window,
             smss,
             epoch: now,
+            clock: (now, now_ns),
             rng: SplitMix(seed),
             sampler: Sampler::new(now_ns, config.packets_in_flight_max),
             probe: BbrProbe::default(),
@@ -240,7 +243,7 @@ impl Bbr {
 
     /// A packet left: `OnTransmit` and `OnPacketSent`.
     pub fn handle_sent(&mut self, now: Instant, bytes: u64, packet_number: u64) {
-        let now_ns = self.ns(now);
+        let now_ns = self.now_ns(now);
         if self.probe.take_app_limited() && self.in_flight() < self.cwnd {
             self.sampler.mark_app_limited();
         }
@@ -262,12 +265,14 @@ impl Bbr {
                 self.sampler.mark_app_limited();
             }
         }
-        self.sampler.on_acked(self.ns(now), self.ns(sent), bytes);
+        let now_ns = self.now_ns(now);
+        let sent_ns = self.ns(sent);
+        self.sampler.on_acked(now_ns, sent_ns, bytes);
     }
 
     /// The end of an ACK; `in_flight` is what is still in flight after it, bytes.
     pub fn handle_ack_end(&mut self, now: Instant, in_flight: u64) {
-        let now_ns = self.ns(now);
+        let now_ns = self.now_ns(now);
         let rs = self.sampler.finish_ack(now_ns, in_flight);
         if std::mem::take(&mut self.batch.open) {
             self.update_on_ack(now_ns, &rs);
@@ -286,7 +291,7 @@ impl Bbr {
         persistent: bool,
         lost_bytes: u64,
     ) {
-        let now_ns = self.ns(now);
+        let now_ns = self.now_ns(now);
         if lost_bytes == 0 {
             self.handle_ecn(now_ns);
         } else {
@@ -341,8 +346,13 @@ impl Bbr {
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         let is_first = self.min_rtt.min_rtt_ns == u64::MAX;
         let rtt_ns = rs.has_data.then_some(rs.rtt_ns);
-        let interval = ns(self.params.probe_rtt_interval);
-        let window = ns(self.params.min_rtt_filter);
+        // The five seconds bound ProbeRTT's cost to 2 % if an episode is short. With
+        // round trips of a second and more (a queue behind a link that has become
+        // slow) it is not: ProbeRTT would follow ProbeRTT, no probing cycle would end
+        // and `max_bw` would never forget the faster link.
+        let slow = if is_first { 0 } else { self.min_rtt.min_rtt_ns.saturating_mul(8) };
+        let interval = ns(self.params.probe_rtt_interval).max(slow);
+        let window = ns(self.params.min_rtt_filter).max(2 * interval);
         self.min_rtt.update(now_ns, rtt_ns, interval, window);
         if is_first && rtt_ns.is_some() {
             self.init_pacing_rate(rtt_ns);
@@ -364,6 +374,14 @@ impl Bbr {
     /// `C.inflight`, bytes.
     fn in_flight(&self) -> u64 {
         self.sampler.in_flight(self.smss)
+    }
+
+    /// [`ns`](Self::ns) of the present.
+    fn now_ns(&mut self, now: Instant) -> u64 {
+        if self.clock.0 != now {
+            self.clock = (now, self.ns(now));
+        }
+        self.clock.1
     }
 
     /// Nanoseconds since the epoch, plus one; packets of an earlier path are at one.

@@ -2,29 +2,28 @@
 //! both parameter sets. Links carry IP bytes (packet + 48); the numbers in the
 //! names are those of the scenario list. Failures print the seed.
 
-use super::testlink::{Link, MBIT, MS, OVERHEAD, Sim};
+use super::testlink::{Link, MBIT, MS, OVERHEAD, S, Sim};
 use super::{BbrConfig, Params, ResumeSeed, State};
 
-const S: u64 = 1000 * MS;
-const BOTH: [Params; 2] = [Params::BBR2, Params::BBR3];
-const MIB: u64 = 1 << 20;
+pub(super) const BOTH: [Params; 2] = [Params::BBR2, Params::BBR3];
+pub(super) const MIB: u64 = 1 << 20;
 /// Topology Q: 10 Mbit/s, 2 ms to the switch; 4 Mbit/s, 30 ms to the receiver.
-const Q_BDP: u64 = 4 * MBIT / 8 * 64 / 1000;
-const PACKET: u64 = 1452;
+pub(super) const Q_BDP: u64 = 4 * MBIT / 8 * 64 / 1000;
+pub(super) const PACKET: u64 = 1452;
 
-fn topology_q(queue_bytes: u64) -> Link {
+pub(super) fn topology_q(queue_bytes: u64) -> Link {
     let mut link = Link::new(4 * MBIT, 30 * MS, queue_bytes);
     link.access = (10 * MBIT, 2 * MS);
     link
 }
 
 /// A link by rate in Mbit/s, one-way delay and queue in microseconds.
-fn link(mbit: u64, delay_us: u64, queue_us: u64) -> Link {
+pub(super) fn link(mbit: u64, delay_us: u64, queue_us: u64) -> Link {
     let rate = mbit * MBIT;
     Link::new(rate, delay_us * 1000, rate / 8 * queue_us / 1_000_000)
 }
 
-fn near(value: u64, target: u64, percent: u64) -> bool {
+pub(super) fn near(value: u64, target: u64, percent: u64) -> bool {
     value.abs_diff(target) * 100 <= target * percent
 }
 
@@ -73,6 +72,9 @@ fn s03_a_hundredfold_drop_is_survived() {
         let done = sim.flows[0].done.expect("finished") - 10 * S;
         println!("{} s03: {} s, {} lost", params.name, done / S, sim.flows[0].lost_packets);
         assert!(done <= 800 * S, "{}: {} s", params.name, done / S);
+        // The old rate must be forgotten, not only survived.
+        let flow = &sim.flows[0];
+        assert!(flow.lost_packets * 2 < flow.sent_packets, "{}", flow.lost_packets);
     }
 }
 
@@ -105,7 +107,12 @@ fn s05_small_writes_keep_the_estimate() {
             sim.write_at(0, start + n * 3 * S, 512);
         }
         sim.run(start + 70 * S);
-        assert!(near(sim.estimate(0), before, 1), "{}: {before} -> {}", params.name, sim.estimate(0));
+        assert!(
+            near(sim.estimate(0), before, 1),
+            "{}: {before} -> {}",
+            params.name,
+            sim.estimate(0)
+        );
         assert!(near(sim.estimate(0), 4 * MBIT, 2), "{}: {}", params.name, sim.estimate(0));
     }
 }
@@ -139,7 +146,10 @@ fn completes(name: &str, link: &Link, bytes: u64, limit_ms: u64) {
             let mut sim = Sim::single(link.clone(), params, PACKET, bytes, seed);
             sim.finish(20 * limit_ms * MS);
             let done = sim.flows[0].done.expect("finished") / MS;
-            println!("{} {name} seed {seed}: {done} ms (limit {limit_ms}), {} lost", params.name, sim.flows[0].lost_packets);
+            println!(
+                "{} {name} seed {seed}: {done} ms (limit {limit_ms}), {} lost",
+                params.name, sim.flows[0].lost_packets
+            );
             assert!(done <= limit_ms, "{} {name} seed {seed}: {done} ms", params.name);
         }
     }
@@ -228,7 +238,11 @@ fn s14_tenfold_decrease_is_followed() {
         let down = sim.run_while(100 * S, |sim| sim.estimate(0) > 1_150 * MBIT / 100);
         let took = sim.bbr(0).max_bw.cycles - cycles;
         println!("{} s14: {took} cycles, {} s, {}", params.name, sim.now / S - 10, sim.estimate(0));
-        assert!(down && took <= 4 && sim.estimate(0) >= 850 * MBIT / 100, "{}: {took}", params.name);
+        assert!(
+            down && took <= 4 && sim.estimate(0) >= 850 * MBIT / 100,
+            "{}: {took}",
+            params.name
+        );
     }
 }
 
@@ -246,7 +260,11 @@ fn s15_sub_packet_bdp() {
             true
         });
         let goodput = (sim.flows[0].delivered - before) * 8 / 10 * 1248 / 1200;
-        println!("{} s15: goodput {goodput}, cwnd {floor}..{ceiling} {:?}", params.name, sim.snapshot(0));
+        println!(
+            "{} s15: goodput {goodput}, cwnd {floor}..{ceiling} {:?}",
+            params.name,
+            sim.snapshot(0)
+        );
         assert_eq!(floor, 4800, "{}", params.name);
         assert!(near(goodput, 8 * MBIT, 10), "{}: {goodput}", params.name);
     }
@@ -261,8 +279,14 @@ fn s16_forty_gigabit() {
         let at = sim.now;
         sim.finish(10 * S);
         let spent = sim.flows[0].done.expect("finished") - at;
-        let goodput = (sim.flows[0].delivered - before) * 8 * 9048 / 9000 * 1000 / (spent / MS).max(1);
-        println!("{} s16: goodput {} Mbit/s, {} lost", params.name, goodput / MBIT, sim.flows[0].lost_packets);
+        let goodput =
+            (sim.flows[0].delivered - before) * 8 * 9048 / 9000 * 1000 / (spent / MS).max(1);
+        println!(
+            "{} s16: goodput {} Mbit/s, {} lost",
+            params.name,
+            goodput / MBIT,
+            sim.flows[0].lost_packets
+        );
         assert!(goodput >= 38_000 * MBIT, "{}: {goodput}", params.name);
     }
 }
@@ -278,7 +302,11 @@ fn s17_random_loss() {
             let before = sim.flows[0].delivered;
             sim.run(22 * S);
             let percent = (sim.flows[0].delivered - before) * 8 / 20 * 1500 / PACKET / (10 * MBIT);
-            println!("{} s17: loss {} %: {percent} % of the link", params.name, ppm as f64 / 10_000.0);
+            println!(
+                "{} s17: loss {} %: {percent} % of the link",
+                params.name,
+                ppm as f64 / 10_000.0
+            );
             if params == Params::BBR2 {
                 assert!(percent >= floor, "{} ppm: {percent} %", ppm);
             }

@@ -311,8 +311,13 @@ impl Bbr {
         self.raise_inflight_hi_slope();
     }
 
-    /// `IsTimeToProbeBW`.
+    /// `IsTimeToProbeBW`, not before the feedback of the last probe is in: the
+    /// bandwidth filter advances at its end, and on a path whose round trip is
+    /// longer than the wait, or whose BDP is a packet, it would never advance.
     fn start_refill_if_time(&mut self, now_ns: u64) -> bool {
+        if self.cycle.ack_phase == AckPhase::ProbeStopping {
+            return false;
+        }
         let waited = now_ns > self.cycle.stamp_ns.saturating_add(self.cycle.wait_ns);
         if waited || self.is_reno_coexistence_time() {
             self.start_probe_refill();

@@ -13,6 +13,7 @@ use super::model::{NS_PER_S, SplitMix, mul_div};
 use super::{Bbr, BbrConfig, Params, Snapshot, State};
 
 pub(super) const MS: u64 = 1_000_000;
+pub(super) const S: u64 = NS_PER_S;
 pub(super) const MBIT: u64 = 1_000_000;
 /// IPv6 and UDP headers.
 pub(super) const OVERHEAD: u64 = 48;
@@ -182,6 +183,38 @@ impl Sim {
             base: Instant::now(),
             last_arrival: 0,
         }
+    }
+
+    /// Runs until flow 0 is in `state`; panics after a virtual minute.
+    pub(super) fn run_to(&mut self, state: State) {
+        let limit = self.now + 60 * S;
+        let there = self.run_while(limit, |sim| sim.state(0) != state);
+        assert!(there, "seed {}: never in {state}: {:?}", self.seed, self.flows[0].states);
+    }
+
+    /// Runs until flow 0 is no longer in `state`.
+    pub(super) fn run_out_of(&mut self, state: State) {
+        let limit = self.now + 60 * S;
+        let left = self.run_while(limit, |sim| sim.state(0) == state);
+        assert!(left, "seed {}: stays in {state}: {:?}", self.seed, self.snapshot(0));
+    }
+
+    /// From now on the application writes `bytes` every `every`, until `until`.
+    pub(super) fn write_little(&mut self, bytes: u64, every: u64, until: u64) {
+        self.flows[0].pending = 0;
+        let mut at = self.now + every;
+        while at < until {
+            self.write_at(0, at, bytes);
+            at += every;
+        }
+    }
+
+    /// Tells flow 0's controller, and only it, that `bytes` of the newest packets were lost.
+    pub(super) fn fake_loss(&mut self, bytes: u64, persistent: bool) {
+        let sent = self.flows[0].flying.values().rev().map(|p| p.sent).next();
+        let sent = self.instant(sent.expect("packets in flight"));
+        let now = self.instant(self.now);
+        self.bbr_mut(0).handle_congestion(now, sent, persistent, bytes);
     }
 
     /// One BBR flow of `bytes` from time 0.
@@ -678,11 +711,6 @@ impl Flow {
             self.rttvar = (3 * self.rttvar + self.srtt.abs_diff(rtt)) / 4;
             self.srtt = (7 * self.srtt + rtt) / 8;
         }
-    }
-
-    /// When `state` was first entered at or after `from`.
-    pub(super) fn entered(&self, state: State, from: u64) -> Option<u64> {
-        self.states.iter().find(|s| s.0 >= from && s.1 == state).map(|s| s.0)
     }
 
     /// Times that `state` was entered at or after `from`.

@@ -1,0 +1,195 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::certs::authority::key_and_request;
+use crate::certs::local_ca::{LocalCa, LocalCaConfig};
+use crate::certs::maintenance::Periodic;
+use crate::certs::names::CertificateSummary;
+use crate::certs::rotation::RotatingIdentity;
+use crate::certs::wall_clock::SimWallClock;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// A local CA that can be away.
+struct Flaky {
+    ca: LocalCa,
+    away: AtomicBool,
+}
+
+impl CertificateAuthority for Flaky {
+    fn issue(
+        &self,
+        request: &CertificateRequest<'_>,
+    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+        if self.away.load(Ordering::SeqCst) {
+            return Err(CaError::Unreachable { reason: "no route".to_owned() });
+        }
+        self.ca.issue(request)
+    }
+}
+
+struct Service {
+    clock: Arc<SimWallClock>,
+    ca: Arc<Flaky>,
+    server: Arc<TrustchainServer>,
+}
+
+impl Service {
+    fn new() -> Self {
+        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let clock = Arc::new(SimWallClock::new(start));
+        let ca = LocalCa::in_memory(LocalCaConfig::default(), clock.clone()).unwrap();
+        let ca = Arc::new(Flaky { ca, away: AtomicBool::new(false) });
+        let server = Arc::new(TrustchainServer::new(ca.clone(), clock.clone()));
+        Self { clock, ca, server }
+    }
+
+    fn token(&self) -> Vec<u8> {
+        let text = self.server.create_token(names(), HOUR).unwrap();
+        crate::certs::names::unhex(&text).unwrap()
+    }
+}
+
+fn names() -> IdentityNames {
+    IdentityNames::new().with_dns("node.example.net").unwrap().with_client_id("probe-7").unwrap()
+}
+
+fn csr() -> Vec<u8> {
+    key_and_request(&names()).unwrap().1.to_vec()
+}
+
+fn peer(answer: &Message) -> PeerIdentity {
+    let Message::Issued { chain } = answer else { panic!("{answer:?}") };
+    let chain: Vec<_> = chain.iter().cloned().map(CertificateDer::from).collect();
+    PeerIdentity { certificate: CertificateSummary::parse(&chain[0]).unwrap(), chain }
+}
+
+fn code(answer: &Message) -> RefusalCode {
+    let Message::Refused { code, .. } = answer else { panic!("{answer:?}") };
+    *code
+}
+
+#[test]
+fn a_token_certifies_its_names_once() {
+    let service = Service::new();
+    let token = service.token();
+    let enrol = Message::Enrol { token, csr: csr() };
+    let first = service.server.handle_request(&enrol, None);
+    assert_eq!(peer(&first).certificate.names, names());
+    let again = service.server.handle_request(&enrol, None);
+    assert_eq!(code(&again), RefusalCode::Unauthorized);
+    let forged = Message::Enrol { token: vec![0; 32], csr: csr() };
+    assert_eq!(code(&service.server.handle_request(&forged, None)), RefusalCode::Unauthorized);
+    let late = Message::Enrol { token: service.token(), csr: csr() };
+    service.clock.advance(HOUR + Duration::from_secs(1));
+    assert_eq!(code(&service.server.handle_request(&late, None)), RefusalCode::Unauthorized);
+}
+
+#[test]
+fn a_token_buys_no_other_name_and_survives_only_an_absent_ca() {
+    let service = Service::new();
+    let token = service.token();
+    let enrol = |csr| Message::Enrol { token: token.clone(), csr };
+    service.ca.away.store(true, Ordering::SeqCst);
+    let answer = service.server.handle_request(&enrol(csr()), None);
+    assert_eq!(code(&answer), RefusalCode::Unavailable);
+    service.ca.away.store(false, Ordering::SeqCst);
+    let greedy = names().with_dns("bank.example").unwrap();
+    let greedy = key_and_request(&greedy).unwrap().1.to_vec();
+    let answer = service.server.handle_request(&enrol(greedy), None);
+    assert_eq!(code(&answer), RefusalCode::Refused);
+    // A refusal spends it.
+    let answer = service.server.handle_request(&enrol(csr()), None);
+    assert_eq!(code(&answer), RefusalCode::Unauthorized);
+}
+
+#[test]
+fn a_renewal_needs_the_current_certificate() {
+    let service = Service::new();
+    let enrol = Message::Enrol { token: service.token(), csr: csr() };
+    let current = peer(&service.server.handle_request(&enrol, None));
+    let renew = Message::Renew { csr: csr() };
+    let next = peer(&service.server.handle_request(&renew, Some(&current)));
+    assert_eq!(next.certificate.names, names());
+    assert_ne!(next.certificate.serial, current.certificate.serial);
+    assert_eq!(code(&service.server.handle_request(&renew, None)), RefusalCode::Unauthorized);
+    service.clock.advance(25 * HOUR);
+    let answer = service.server.handle_request(&renew, Some(&current));
+    assert_eq!(code(&answer), RefusalCode::Unauthorized);
+    let broken = Message::Renew { csr: vec![1, 2, 3] };
+    service.clock.advance(Duration::ZERO);
+    assert_eq!(
+        code(&service.server.handle_request(&broken, Some(&peer_now(&service)))),
+        RefusalCode::Invalid
+    );
+    assert_eq!(
+        code(&service.server.handle_request(&Message::Issued { chain: Vec::new() }, None)),
+        RefusalCode::Invalid
+    );
+}
+
+fn peer_now(service: &Service) -> PeerIdentity {
+    let enrol = Message::Enrol { token: service.token(), csr: csr() };
+    peer(&service.server.handle_request(&enrol, None))
+}
+
+/// Carries frames in memory, as the identity that was issued last.
+struct Wire {
+    server: Arc<TrustchainServer>,
+    peer: Mutex<Option<PeerIdentity>>,
+}
+
+impl TrustchainTransport for Wire {
+    fn exchange(&self, request: &[u8]) -> Result<Vec<u8>, CaError> {
+        let request = FrameReader::default().handle_bytes(request).unwrap().unwrap();
+        let mut current = self.peer.lock().unwrap();
+        let answer = self.server.handle_request(&request, current.as_ref());
+        if matches!(answer, Message::Issued { .. }) {
+            *current = Some(peer(&answer));
+        }
+        Ok(answer.encode().unwrap())
+    }
+}
+
+#[test]
+fn a_node_enrols_once_and_renews_for_a_month() {
+    let service = Service::new();
+    let token = service.server.create_token(names(), HOUR).unwrap();
+    let wire = Wire { server: service.server.clone(), peer: Mutex::new(None) };
+    let authority = TrustchainAuthority::new(Box::new(wire), Some(&token)).unwrap();
+    let identity = RotatingIdentity::with_authority(Arc::new(authority), names())
+        .roots([service.ca.ca.root()])
+        .clock(service.clock.clone())
+        .start()
+        .unwrap();
+    let end = service.clock.now() + 30 * 24 * HOUR;
+    while service.clock.now() < end {
+        service.clock.set(identity.poll(service.clock.now()) + Duration::from_secs(1));
+    }
+    let status = identity.status();
+    assert!(status.renewals >= 45 && status.failures == 0, "{status:?}");
+    assert!(
+        TrustchainAuthority::new(
+            Box::new(Wire { server: service.server.clone(), peer: Mutex::new(None) }),
+            Some("no hex")
+        )
+        .is_err()
+    );
+}
+
+#[test]
+fn a_restarted_node_with_a_spent_token_renews() {
+    let service = Service::new();
+    let token = service.server.create_token(names(), HOUR).unwrap();
+    let spent = crate::certs::names::unhex(&token).unwrap();
+    let enrol = Message::Enrol { token: spent, csr: csr() };
+    let current = peer(&service.server.handle_request(&enrol, None));
+    let wire = Wire { server: service.server.clone(), peer: Mutex::new(Some(current)) };
+    let authority = TrustchainAuthority::new(Box::new(wire), Some(&token)).unwrap();
+    let names = names();
+    let (_key, csr) = key_and_request(&names).unwrap();
+    let request = CertificateRequest { csr: &csr, names: &names };
+    let error = authority.issue(&request).unwrap_err();
+    assert!(error.to_string().contains("used or expired"), "{error}");
+    authority.issue(&request).unwrap();
+}
