@@ -58,7 +58,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     );
     let engine = Engine::builder()
         .config(args.transport.transport(args.trust.bind_addr(peer.scope_id()))?)
-        .client(tls::client(&args.trust, "hq-interop")?)
+        .client(tls::client(&args.trust, "hq-interop")?.crypto())
         .start()?;
     let start = Instant::now();
     let connection = pollster::block_on(engine.connect(peer, &args.trust.name_of(&peer)))

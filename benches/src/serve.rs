@@ -70,7 +70,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
     let engine = Engine::builder()
         .config(args.transport.transport(args.listen)?)
-        .server(server.quic())
+        .server(server.crypto())
         .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
         .start()?;
     announce(args, &engine)?;

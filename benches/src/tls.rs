@@ -3,11 +3,9 @@
 use std::fmt::Write as _;
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::Context;
 use stoq::certs::{ClientTls, IdentityNames, RotatingIdentity, ServerTls};
-use stoq::quic::QuicClientConfig;
 
 use crate::client::TrustArgs;
 
@@ -48,8 +46,8 @@ pub fn server(options: &ServerOptions<'_>) -> anyhow::Result<ServerTls> {
         .context("the server's TLS")
 }
 
-/// The client's TLS configuration for one protocol.
-pub fn client(trust: &TrustArgs, alpn: &str) -> anyhow::Result<Arc<QuicClientConfig>> {
+/// The client's TLS for one protocol.
+pub fn client(trust: &TrustArgs, alpn: &str) -> anyhow::Result<ClientTls> {
     let mut builder = ClientTls::builder().alpn([alpn]).key_log(true);
     builder = match (&trust.ca, trust.danger_insecure) {
         (Some(path), _) => builder.roots_pem(path),
@@ -58,7 +56,7 @@ pub fn client(trust: &TrustArgs, alpn: &str) -> anyhow::Result<Arc<QuicClientCon
             anyhow::bail!("whom to trust? give --ca FILE.pem (the server's --cert-out writes one)")
         }
     };
-    Ok(builder.build().context("the client's TLS")?.quic())
+    builder.build().context("the client's TLS")
 }
 
 /// The listen address, or every address of this machine when it listens on all, and the names asked for.

@@ -228,11 +228,21 @@ impl ShardCx<'_> {
     /// Chunks of 16 KiB and more are cheapest: the send buffer's look-up is linear in chunks.
     pub fn write(&mut self, conn: ConnId, stream: StreamId, chunks: &mut [Bytes]) -> WriteOutcome {
         let Some(connection) = self.proto.touch(conn) else { return WriteOutcome::Unknown };
-        match connection.send_stream(stream).write_chunks(chunks) {
-            Ok(written) => WriteOutcome::Written(written.bytes),
-            Err(quinn_proto::WriteError::Blocked) => WriteOutcome::Blocked,
-            Err(quinn_proto::WriteError::Stopped(code)) => WriteOutcome::Stopped(code),
-            Err(quinn_proto::WriteError::ClosedStream) => WriteOutcome::Unknown,
+        let mut bytes = 0;
+        // quinn-proto promises a Writable event only after it answered "blocked", so a
+        // partial write is followed up until it is either whole or blocked.
+        loop {
+            let left = chunks.iter().position(|chunk| !chunk.is_empty());
+            let Some(first) = left else { return WriteOutcome::Written(bytes) };
+            match connection.send_stream(stream).write_chunks(&mut chunks[first..]) {
+                Ok(written) => bytes += written.bytes,
+                Err(quinn_proto::WriteError::Blocked) if bytes > 0 => {
+                    return WriteOutcome::Written(bytes);
+                }
+                Err(quinn_proto::WriteError::Blocked) => return WriteOutcome::Blocked,
+                Err(quinn_proto::WriteError::Stopped(code)) => return WriteOutcome::Stopped(code),
+                Err(quinn_proto::WriteError::ClosedStream) => return WriteOutcome::Unknown,
+            }
         }
     }
 
@@ -341,7 +351,7 @@ impl ShardCx<'_> {
     /// The negotiated application protocol, once the handshake has got that far.
     #[must_use]
     pub fn alpn(&self, conn: ConnId) -> Option<Vec<u8>> {
-        self.proto.handshake_data(conn)?.protocol
+        self.proto.handshake_data(conn)?.alpn
     }
 
     /// The peer's certificate chain, once the handshake has got that far.

@@ -13,7 +13,7 @@ use crossbeam::queue::SegQueue;
 use event_listener::Event;
 use futures_channel::oneshot;
 use quinn_proto::VarInt;
-use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::SystemClock;
@@ -100,16 +100,18 @@ impl Builder {
         self
     }
 
-    /// Accept connections with this TLS configuration.
+    /// Accept connections with this TLS configuration
+    /// ([`ServerTls::crypto`](crate::certs::ServerTls::crypto)).
     #[must_use]
-    pub fn server(mut self, tls: Arc<QuicServerConfig>) -> Self {
+    pub fn server(mut self, tls: Arc<dyn crypto::ServerConfig>) -> Self {
         self.identity.server = Some(tls);
         self
     }
 
-    /// Make connections with this TLS configuration.
+    /// Make connections with this TLS configuration
+    /// ([`ClientTls::crypto`](crate::certs::ClientTls::crypto)).
     #[must_use]
-    pub fn client(mut self, tls: Arc<QuicClientConfig>) -> Self {
+    pub fn client(mut self, tls: Arc<dyn crypto::ClientConfig>) -> Self {
         self.identity.client = Some(tls);
         self
     }
@@ -362,7 +364,7 @@ impl Engine {
         &self,
         remote: SocketAddrV6,
         server_name: &str,
-        tls: Arc<QuicClientConfig>,
+        tls: Arc<dyn crypto::ClientConfig>,
     ) -> Connecting {
         let config = quinn_proto::ClientConfig::new(tls);
         let shard = self.shared.next_shard.fetch_add(1, Relaxed);

@@ -21,11 +21,6 @@ pub mod wire;
 
 pub use quinn_proto::{Dir, StreamId, VarInt};
 
-/// The TLS configurations that engines take, in quinn-proto's types.
-pub mod quic {
-    pub use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-}
-
 /// Pins the calling thread to a core; `false` when the process may not use that core.
 #[must_use]
 pub fn pin_current_thread(core: usize) -> bool {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use quinn_proto::VarInt;
-use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::{Clock, SimClock};
@@ -29,9 +29,9 @@ pub struct SimHostConfig {
     /// The transport's settings; datapath, shards and cores are ignored.
     pub config: TransportConfig,
     /// Accept connections with this.
-    pub server: Option<Arc<QuicServerConfig>>,
+    pub server: Option<Arc<dyn crypto::ServerConfig>>,
     /// Make connections with this.
-    pub client: Option<Arc<QuicClientConfig>>,
+    pub client: Option<Arc<dyn crypto::ClientConfig>>,
     /// Seed of the host's randomness: connection IDs, tokens, quinn-proto's choices.
     pub seed: u64,
 }
@@ -71,8 +71,8 @@ impl SimHost {
                 mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
                 config: Arc::new(setup.config),
                 identity: QuicIdentity {
-                    server: setup.server.map(|server| server as _),
-                    client: setup.client.map(|client| client as _),
+                    server: setup.server,
+                    client: setup.client,
                     token_key: None,
                     reset_key: None,
                 },

@@ -187,7 +187,7 @@ pub fn run(args: &Args, direction: Direction) -> anyhow::Result<()> {
     };
     let engine = Engine::builder()
         .config(args.transport.transport(args.trust.bind_addr(args.connect.scope_id()))?)
-        .client(tls::client(&args.trust, "perf")?)
+        .client(tls::client(&args.trust, "perf")?.crypto())
         .app(app)
         .start()?;
     for shard in 0..engine.shards() {

@@ -37,7 +37,15 @@ impl HandshakeInfo {
     /// `HandshakeDataReady`.
     #[must_use]
     pub fn of_session(session: &dyn Session) -> Option<Self> {
-        session.handshake_data()?.downcast::<Self>().ok().map(|info| *info)
+        match session.handshake_data()?.downcast::<Self>() {
+            Ok(info) => Some(*info),
+            // A session of a bare rustls configuration: the group stays unknown.
+            Err(other) => other.downcast::<HandshakeData>().ok().map(|data| Self {
+                alpn: data.protocol,
+                server_name: data.server_name,
+                group: None,
+            }),
+        }
     }
 
     /// Whether the key exchange withstands a quantum computer.

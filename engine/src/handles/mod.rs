@@ -465,7 +465,7 @@ impl ShardApp for HandleApp {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         let data = cx.proto.handshake_data(id);
         conn.shared.set_handshake(HandshakeInfo {
-            alpn: data.as_ref().and_then(|data| data.protocol.clone()),
+            alpn: data.as_ref().and_then(|data| data.alpn.clone()),
             server_name: data.and_then(|data| data.server_name),
             peer_certificates: cx.peer_certificates(id),
         });

@@ -195,7 +195,10 @@ impl Conn {
             self.pacer = Pacer::new(now);
         }
         let packet = u64::from(self.inner.current_mtu());
-        let gate = if self.cc.inflight_bytes() + packet > self.cc.cwnd_bytes() {
+        // The packet that closes a connection is not held back by what the connection had to say.
+        let gate = if self.inner.is_closed() {
+            Gate::Open
+        } else if self.cc.inflight_bytes() + packet > self.cc.cwnd_bytes() {
             Gate::Window
         } else {
             let (rate, quantum) = self.pacing();

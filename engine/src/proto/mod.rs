@@ -111,9 +111,14 @@ impl Protocol {
         let transport = Arc::new(config.quic(mtu_bytes, cc_seed));
         let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
         let mut endpoint_config = EndpointConfig::new(reset_key);
+        // A limit set for this side holds for what the peer sends, too (RFC 9000 §18.2).
+        let payload_bytes_max = match config.mtu_upper_bound_bytes {
+            0 => crate::config::UDP_PAYLOAD_BYTES_MAX,
+            bytes => bytes,
+        };
         endpoint_config
-            .max_udp_payload_size(crate::config::UDP_PAYLOAD_BYTES_MAX)
-            .expect("65527 is the largest allowed")
+            .max_udp_payload_size(payload_bytes_max)
+            .expect("validated: 1200 to 65527")
             .rng_seed(Some(seed))
             .cid_generator(move || {
                 let mut cid_seed = seed;
@@ -409,12 +414,8 @@ impl Protocol {
         self.conn(id).map(Conn::stats)
     }
 
-    pub(crate) fn handshake_data(
-        &self,
-        id: ConnId,
-    ) -> Option<quinn_proto::crypto::rustls::HandshakeData> {
-        let data = self.connection(id)?.crypto_session().handshake_data()?;
-        data.downcast::<quinn_proto::crypto::rustls::HandshakeData>().ok().map(|data| *data)
+    pub(crate) fn handshake_data(&self, id: ConnId) -> Option<crate::certs::HandshakeInfo> {
+        crate::certs::HandshakeInfo::of_session(self.connection(id)?.crypto_session())
     }
 
     pub(crate) fn peer_certificates(
