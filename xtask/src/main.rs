@@ -23,14 +23,14 @@ use std::process::ExitCode;
 use clap::Parser;
 
 /// Developer commands of STOQ.
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Cmd,
 }
 
-#[derive(Debug, clap::Subcommand)]
+#[derive(clap::Subcommand)]
 enum Cmd {
     /// Transfer a file and bulk data between two namespaces, verify, measure, clean up.
     Demo(demo::DemoArgs),

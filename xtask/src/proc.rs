@@ -19,8 +19,11 @@ use crate::interrupt;
 /// How often waiting loops look at their child and at the signal flag.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How long a child may take to end after SIGTERM before it is killed.
-pub(crate) const GRACE: Duration = Duration::from_secs(5);
+/// How long a child may take to end in order before it is killed.
+pub(crate) const GRACE: Duration = Duration::from_secs(8);
+
+/// The same for a child that is dropped, after an error or a signal: the user waits.
+const GRACE_ON_DROP: Duration = Duration::from_secs(1);
 
 /// The command line as a user would type it.
 pub(crate) fn describe(command: &Command) -> String {
@@ -168,7 +171,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if let Err(error) = self.terminate(GRACE) {
+        if let Err(error) = self.terminate(GRACE_ON_DROP) {
             eprintln!("warning: {error:#}");
         }
     }

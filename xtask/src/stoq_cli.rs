@@ -229,22 +229,29 @@ pub(crate) fn download_arguments(
     arguments
 }
 
-/// `stoq perf raw`: AF_XDP alone, no QUIC.
-pub(crate) fn raw_arguments(
-    end: &End,
+/// Port of the raw receiver.
+const RAW_PORT: u16 = 4434;
+
+/// `stoq perf raw --receive`: takes what comes over AF_XDP alone, no QUIC, until it stops.
+pub(crate) fn raw_receive_arguments(side: &Side) -> Vec<OsString> {
+    let listen = SocketAddr::new(IpAddr::V6(side.address()), RAW_PORT).to_string();
+    let mut arguments = words(&["perf", "raw", "--receive", "--listen", &listen]);
+    common(&mut arguments, side, Datapath::AfXdp);
+    arguments
+}
+
+/// `stoq perf raw`: sends to the raw receiver at `peer`.
+pub(crate) fn raw_send_arguments(
+    side: &Side,
     peer: Ipv6Addr,
-    receive: bool,
     seconds: u32,
     payload_bytes: u32,
 ) -> Vec<OsString> {
-    let mut arguments = words(&["perf", "raw", "--iface", &end.interface]);
-    arguments.extend(words(&["--peer", &peer.to_string()]));
-    if receive {
-        arguments.push("--receive".into());
-    }
+    let peer = SocketAddr::new(IpAddr::V6(peer), RAW_PORT).to_string();
+    let mut arguments = words(&["perf", "raw", "--peer", &peer]);
     arguments.extend(words(&["--seconds", &seconds.to_string()]));
     arguments.extend(words(&["--payload", &payload_bytes.to_string()]));
-    arguments.extend(words(&["--json", "--die-with-parent"]));
+    common(&mut arguments, side, Datapath::AfXdp);
     arguments
 }
 
@@ -290,6 +297,11 @@ impl Running {
             }
         });
         Ok(Self { name, group, events, log })
+    }
+
+    /// What it is, in messages.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
     }
 
     /// Process ID.
@@ -421,9 +433,14 @@ mod tests {
              --datapath af_xdp --iface stoqa --json --die-with-parent"
         );
         assert_eq!(
-            text(&raw_arguments(&client, peer, true, 3, 1452)),
-            "perf raw --iface stoqa --peer fd53:746f:71::b --receive --seconds 3 --payload 1452 \
+            text(&raw_receive_arguments(&side)),
+            "perf raw --receive --listen [fd53:746f:71::a]:4434 --datapath af_xdp --iface stoqa \
              --json --die-with-parent"
+        );
+        assert_eq!(
+            text(&raw_send_arguments(&side, peer, 3, 1452)),
+            "perf raw --peer [fd53:746f:71::b]:4434 --seconds 3 --payload 1452 \
+             --datapath af_xdp --iface stoqa --json --die-with-parent"
         );
         let command = proc::describe(&side.command(Path::new("/stoq"), vec!["x".into()]));
         assert!(command.ends_with("netns exec stoq-1-a /stoq x"), "{command}");

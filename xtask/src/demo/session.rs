@@ -58,16 +58,8 @@ impl Session {
         );
         let command = self.server.command(&self.stoq, arguments);
         let mut running = Running::spawn("server", command, self.log("server"))?;
-        let deadline = Instant::now() + READY_LIMIT;
-        loop {
-            interrupt::check()?;
-            if let Some(Event::Listening { addr, datapath, mode }) = running.next(TICK)? {
-                return Ok(Server { running, address: addr, datapath, mode });
-            }
-            if Instant::now() >= deadline {
-                bail!("the server was not ready within {} s", READY_LIMIT.as_secs());
-            }
-        }
+        let (address, datapath, mode) = wait_listening(&mut running)?;
+        Ok(Server { running, address, datapath, mode })
     }
 
     /// Starts to fetch one file of the server.
@@ -102,25 +94,15 @@ impl Session {
 
     /// What AF_XDP alone carries over the same pair, in bits per second as
     /// counted by the receiver. Nothing else may hold the queues meanwhile.
+    /// Both sides must be ends of a veth pair.
     pub(crate) fn measure_raw(&self, seconds: u32, payload_bytes: u32) -> Result<f64> {
-        let (Side::Netns(sender), Side::Netns(receiver)) = (&self.server, &self.client) else {
-            bail!("AF_XDP alone is measured over a veth pair only");
-        };
-        let arguments =
-            stoq_cli::raw_arguments(receiver, sender.address, true, seconds + 1, payload_bytes);
-        let command = self.client.command(&self.stoq, arguments);
+        let (sender, receiver) = (&self.server, &self.client);
+        let command = receiver.command(&self.stoq, stoq_cli::raw_receive_arguments(receiver));
         let mut receiving = Running::spawn("raw receiver", command, self.log("raw-receiver"))?;
-        // It may say when it is ready; a second is enough where it does not.
-        let deadline = Instant::now() + Duration::from_secs(1);
-        while Instant::now() < deadline {
-            interrupt::check()?;
-            if let Some(Event::Listening { .. }) = receiving.next(TICK)? {
-                break;
-            }
-        }
+        wait_listening(&mut receiving)?;
         let arguments =
-            stoq_cli::raw_arguments(sender, receiver.address, false, seconds, payload_bytes);
-        let command = self.server.command(&self.stoq, arguments);
+            stoq_cli::raw_send_arguments(sender, receiver.address(), seconds, payload_bytes);
+        let command = sender.command(&self.stoq, arguments);
         let mut sending = Running::spawn("raw sender", command, self.log("raw-sender"))?;
         let limit = Duration::from_secs(u64::from(seconds)) + STALL_LIMIT;
         wait_done(&mut sending, limit)?;
@@ -129,6 +111,20 @@ impl Session {
             bail!("the raw receiver saw no packet");
         }
         Ok(received.goodput_bps)
+    }
+}
+
+/// Waits until a process listens: its address, datapath and mode.
+fn wait_listening(running: &mut Running) -> Result<(SocketAddr, String, String)> {
+    let deadline = Instant::now() + READY_LIMIT;
+    loop {
+        interrupt::check()?;
+        if let Some(Event::Listening { addr, datapath, mode }) = running.next(TICK)? {
+            return Ok((addr, datapath, mode));
+        }
+        if Instant::now() >= deadline {
+            bail!("the {} was not ready within {} s", running.name(), READY_LIMIT.as_secs());
+        }
     }
 }
 
