@@ -403,3 +403,63 @@ fn a_port_in_use_is_named() {
     let error = SocketDatapath::open(config).expect_err("the port is taken");
     assert!(matches!(error, SocketError::PortInUse { .. }), "{error}");
 }
+
+/// Received Gbit/s and datagrams of `payload_bytes` from one thread to another over `lo`.
+fn throughput<D: Datapath + Send>(mut near: D, mut far: D, payload_bytes: usize) -> (f64, f64) {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let stop = AtomicBool::new(false);
+    let remote = far.local_addr();
+    let duration = Duration::from_secs(2);
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let payload = pattern(payload_bytes, 1);
+            let mut sink = batch(16);
+            while !stop.load(Ordering::Relaxed) {
+                for _ in 0..220 {
+                    if near.transmit(&to(remote), &payload) != TxVerdict::Accepted {
+                        break;
+                    }
+                }
+                near.flush(Instant::now());
+                near.receive(Instant::now(), &mut sink);
+            }
+            near.counters()
+        });
+        let receiver = scope.spawn(|| {
+            let mut batch = batch(256);
+            while !stop.load(Ordering::Relaxed) {
+                far.receive(Instant::now(), &mut batch);
+                drop(batch.drain());
+            }
+            far.counters()
+        });
+        std::thread::sleep(duration);
+        stop.store(true, Ordering::Relaxed);
+        let (sent, received) =
+            (sender.join().expect("the sender ran"), receiver.join().expect("the receiver ran"));
+        let gbits = |bytes: u64| bytes as f64 * 8.0 / duration.as_secs_f64() / 1e9;
+        println!(
+            "  {payload_bytes} B: sent {:.1}, received {:.1} Gbit/s; {} calls to send, {} to receive, \
+             {} receive overruns",
+            gbits(sent.tx_bytes),
+            gbits(received.rx_bytes),
+            sent.system_calls,
+            received.system_calls,
+            received.rx_drop_overrun,
+        );
+        (gbits(sent.tx_bytes), gbits(received.rx_bytes))
+    })
+}
+
+#[test]
+#[ignore = "a measurement: cargo test --release -p stoq --test sockets -- --ignored --nocapture"]
+fn measure_throughput() {
+    for payload_bytes in [1200, 1452, 8952] {
+        println!("socket:");
+        let open = || SocketDatapath::open(config()).expect("the socket opens");
+        let _ = throughput(open(), open(), payload_bytes);
+        println!("io_uring:");
+        let open = || IoUringDatapath::open(config()).expect("io_uring is available");
+        let _ = throughput(open(), open(), payload_bytes);
+    }
+}

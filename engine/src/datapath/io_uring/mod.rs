@@ -95,7 +95,7 @@ impl IoUringDatapath {
             ready: Vec::with_capacity(slots),
             open: false,
             blocked: Vec::with_capacity(slots),
-            mtu: MtuProbe::new(socket.local()),
+            mtu: MtuProbe::open(socket.local())?,
             event: None,
             counters: DatapathCounters::default(),
             socket,

@@ -249,7 +249,11 @@ impl Batcher {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
+    use crate::datapath::udp_socket::{SocketConfig, UdpSocket};
+    use crate::sys::udp::ReceiveArray;
 
     fn meta(port: u16) -> TxMeta {
         let remote = SocketAddrV6::new(Ipv6Addr::LOCALHOST, port, 0, 0);
@@ -314,5 +318,49 @@ mod tests {
         assert_eq!(of(libc::EHOSTUNREACH), TxDrop::NoRoute);
         assert_eq!(of(libc::ENETDOWN), TxDrop::LinkDown);
         assert_eq!(of(libc::ENOBUFS), TxDrop::Io);
+    }
+
+    fn loopback() -> UdpSocket {
+        let local = SocketAddrV6::new(Ipv6Addr::LOCALHOST, 0, 0, 0);
+        UdpSocket::open(&SocketConfig::new(local)).expect("::1 can be bound")
+    }
+
+    #[test]
+    fn a_refused_batch_leaves_singly_and_the_refusal_is_remembered() {
+        let (near, far) = (loopback(), loopback());
+        let to = TxMeta { remote: far.local(), local: None, ecn: Ecn::Ce };
+        let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
+        assert!(batcher.try_append(&mut slots, 0, &to, &[3; 40]));
+        batcher.seal(&mut slots, 0);
+        let mut counters = DatapathCounters::default();
+        let error = io::Error::from_raw_os_error(libc::EIO);
+        let outcome = batcher.refused(&mut slots, near.as_fd(), 0, &error, &mut counters);
+        assert_eq!(outcome, PlainOutcome::Done);
+        assert!(!batcher.gso(), "remembered");
+        let mut received = ReceiveArray::new(8, 65_536);
+        assert_eq!(received.receive(far.as_fd()).expect("three datagrams"), 3);
+        for (index, expected) in [&[1_u8; 100][..], &[2; 100], &[3; 40]].iter().enumerate() {
+            assert_eq!(received.message(index).payload, *expected);
+        }
+        assert_eq!(counters.tx_drop_io, 0);
+    }
+
+    #[test]
+    fn a_batch_that_cannot_leave_at_all_says_nothing_about_segmentation() {
+        let near = loopback();
+        let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
+        let foreign = Some("2001:db8::1".parse().expect("address"));
+        let to = TxMeta { remote: near.local(), local: foreign, ecn: Ecn::Ect0 };
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
+        batcher.seal(&mut slots, 0);
+        let error = slots.send(near.as_fd(), 0..1).expect_err("the source is not ours");
+        let mut counters = DatapathCounters::default();
+        let outcome = batcher.refused(&mut slots, near.as_fd(), 0, &error, &mut counters);
+        assert_eq!(outcome, PlainOutcome::Done);
+        assert!(batcher.gso(), "still on");
+        assert_eq!(counters.tx_drop_io, 2, "both counted");
     }
 }
