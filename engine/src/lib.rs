@@ -3,4 +3,5 @@
 
 pub mod clock;
 pub mod datapath;
+pub mod doctor;
 mod sys;

@@ -11,6 +11,7 @@
 //! [`transmit`](Datapath::transmit), so that the caller's scratch is free again
 //! when the call returns.
 
+pub mod choice;
 pub mod io_uring;
 pub mod socket;
 pub mod udp_socket;
