@@ -129,6 +129,7 @@ fn packs_and_splits<D: Datapath>(mut near: D, mut far: D) {
         .chain([8952; 20])
         .chain([1452; 64])
         .chain([30_000; 3])
+        .chain([32_767; 4])
         .collect();
     for (index, size) in sizes.iter().enumerate() {
         send(&mut near, &to(remote), &pattern(*size, index));
@@ -147,6 +148,7 @@ fn packs_and_splits<D: Datapath>(mut near: D, mut far: D) {
     assert_eq!(received.rx_datagrams, sizes.len() as u64);
     assert_eq!(sent.tx_bytes, sizes.iter().sum::<usize>() as u64);
     assert_eq!(received.rx_bytes, sent.tx_bytes);
+    assert!(near.capabilities().mode.contains("gso"), "no batch was refused");
 }
 
 fn honours_batch_limit<D: Datapath>(mut near: D, mut far: D) {

@@ -23,7 +23,11 @@ const GSO_BYTES_MAX: usize = 65_535 - 48;
 enum State {
     Open,
     Sealed,
-    Plain { offset: usize },
+    /// `suspect`: the refusal may mean that segmentation itself does not work.
+    Plain {
+        offset: usize,
+        suspect: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -188,7 +192,11 @@ impl Batcher {
             self.dropped(&meta, drop, counters);
             return PlainOutcome::Done;
         }
-        batch.state = State::Plain { offset: 0 };
+        let suspect = matches!(
+            error.raw_os_error(),
+            Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE | libc::EOPNOTSUPP)
+        );
+        batch.state = State::Plain { offset: 0, suspect };
         self.send_rest(slots, fd, slot, counters)
     }
 
@@ -201,15 +209,18 @@ impl Batcher {
         counters: &mut DatapathCounters,
     ) -> PlainOutcome {
         let batch = self.batches[slot];
-        let State::Plain { mut offset } = batch.state else { return PlainOutcome::Done };
+        let State::Plain { mut offset, suspect } = batch.state else { return PlainOutcome::Done };
         while offset < batch.bytes {
             let end = batch.bytes.min(offset + batch.segment_bytes);
             counters.system_calls += 1;
             match slots.send_plain(fd, slot, offset..end) {
-                Ok(()) => self.remember_refusal(&batch.meta),
+                // The first one has the full segment size; a shorter last one that
+                // leaves proves nothing after an MTU change.
+                Ok(()) if suspect && offset == 0 => self.remember_refusal(&batch.meta),
+                Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.batches[slot].state = State::Plain { offset };
+                    self.batches[slot].state = State::Plain { offset, suspect };
                     return PlainOutcome::WouldBlock;
                 }
                 Err(error) => self.dropped(&batch.meta, drop_reason(&error), counters),
@@ -290,6 +301,11 @@ mod tests {
         let appended =
             (0..100).filter(|_| batcher.try_append(&mut slots, 0, &meta(1), &[1; 8952])).count();
         assert_eq!(appended + 1, GSO_BYTES_MAX / 8952);
+
+        // Two of these would fit the slot, but not one IPv6 packet.
+        let (mut slots, mut batcher) = open(&[1; 32_767], true);
+        assert!(!batcher.try_append(&mut slots, 0, &meta(1), &[1; 32_767]));
+        assert!(batcher.try_append(&mut slots, 0, &meta(1), &[1; 32_720]));
     }
 
     #[test]
@@ -345,6 +361,21 @@ mod tests {
             assert_eq!(received.message(index).payload, *expected);
         }
         assert_eq!(counters.tx_drop_io, 0);
+    }
+
+    #[test]
+    fn a_passing_shortage_is_not_a_refusal() {
+        let (near, far) = (loopback(), loopback());
+        let to = TxMeta { remote: far.local(), local: None, ecn: Ecn::Ce };
+        let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
+        batcher.seal(&mut slots, 0);
+        let error = io::Error::from_raw_os_error(libc::ENOBUFS);
+        let mut counters = DatapathCounters::default();
+        let _ = batcher.refused(&mut slots, near.as_fd(), 0, &error, &mut counters);
+        assert!(batcher.gso());
+        assert_eq!(ReceiveArray::new(8, 65_536).receive(far.as_fd()).expect("both"), 2);
     }
 
     #[test]
