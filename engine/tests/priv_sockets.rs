@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::net::{Ipv6Addr, SocketAddrV6};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -193,6 +193,82 @@ fn source_address_is_ours_to_choose<D: Datapath>(
     send_equal(&mut near, remote, 3, 100);
     let counters = near.counters();
     assert_eq!(counters.tx_drop_no_route + counters.tx_drop_link_down, 6, "{counters:?}");
+}
+
+/// Packets that wait for their next hop fill the send buffer, and then the slots:
+/// that is back-pressure, and nothing may get lost by it.
+fn full_send_buffer_pushes_back<D: Datapath>(
+    open: impl Fn(SocketConfig) -> Result<D, SocketError>,
+) {
+    const BEYOND: &str = "fd00:5709:1::1";
+    let stage = Stage::new();
+    run(&format!("ip -n {} -6 address add {BEYOND}/128 dev lo nodad", stage.far));
+    stage.near(&format!("ip -6 route add {BEYOND}/128 via fd00:5709::9 dev veth0"));
+    let open_small = |mut config: SocketConfig| {
+        config.send_buffer_bytes = 64 * 1024;
+        config.tx_batches = 8;
+        if *config.local.ip() == FAR {
+            config.local.set_ip(Ipv6Addr::UNSPECIFIED);
+        }
+        open(config)
+    };
+    let (mut near, mut far) = open_both(&stage, open_small);
+    let remote = SocketAddrV6::new(BEYOND.parse().expect("address"), far.local_addr().port(), 0, 0);
+    let meta = TxMeta { remote, local: None, ecn: Ecn::Ect0 };
+    let mut sent = 0_usize;
+    // Sizes that alternate in pairs: batches of two.
+    let mut transmit = |near: &mut D| loop {
+        match near.transmit(&meta, &vec![(sent % 251) as u8; 1400 - (sent / 2 % 2)]) {
+            TxVerdict::Accepted if sent < 1500 => sent += 1,
+            TxVerdict::Accepted | TxVerdict::Full => return sent,
+            TxVerdict::Dropped(reason) => panic!("dropped: {reason:?}"),
+        }
+    };
+    let mut full = 0;
+    while full < 3 {
+        transmit(&mut near);
+        near.flush(Instant::now());
+        near.receive(Instant::now(), &mut RxBatch::new(1, 1 << 16));
+        full = if near.transmit_capacity() == 0 { full + 1 } else { 0 };
+        assert!(near.counters().tx_datagrams < 1500, "the send buffer never pushed back");
+    }
+    let mac = Command::new("ip")
+        .args(["netns", "exec", &stage.far, "cat", "/sys/class/net/veth0/address"])
+        .output()
+        .expect("ip runs");
+    let mac = String::from_utf8_lossy(&mac.stdout).trim().to_owned();
+    stage.near(&format!("ip -6 neigh replace fd00:5709::9 lladdr {mac} dev veth0"));
+
+    let wake = File::open("/dev/null").expect("it exists");
+    let (mut seen, mut batch, start) = (0, RxBatch::new(64, 1 << 20), Instant::now());
+    loop {
+        let accepted = near.counters().tx_datagrams as usize;
+        if accepted < 1500 {
+            transmit(&mut near);
+        }
+        near.flush(Instant::now());
+        near.receive(Instant::now(), &mut RxBatch::new(1, 1 << 16));
+        near.wait(wake.as_fd(), Some(Duration::from_millis(1))).expect("wait works");
+        far.receive(Instant::now(), &mut batch);
+        seen += batch.drain().count();
+        if accepted >= 1500 && seen == near.counters().tx_datagrams as usize {
+            break;
+        }
+        assert!(start.elapsed() < PATIENCE, "{seen} arrived, {:?}", near.counters());
+    }
+    assert_eq!(near.counters().tx_drop_io + near.counters().tx_drop_no_route, 0);
+    near.receive(Instant::now(), &mut RxBatch::new(1, 1 << 16));
+    assert_eq!(near.transmit_capacity(), 8, "every slot is back");
+}
+
+#[test]
+fn full_send_buffer_socket() {
+    isolated(|| full_send_buffer_pushes_back(SocketDatapath::open));
+}
+
+#[test]
+fn full_send_buffer_io_uring() {
+    isolated(|| full_send_buffer_pushes_back(IoUringDatapath::open));
 }
 
 #[test]

@@ -451,6 +451,17 @@ mod tests {
     }
 
     #[test]
+    fn every_operation_ends_when_the_ring_is_quiesced() {
+        let socket = std::net::UdpSocket::bind("[::1]:0").expect("::1 can be bound");
+        let mut ring = DatagramRing::open(socket.as_fd(), 2, 2).expect("io_uring is available");
+        assert!(ring.quiesce(), "nothing has begun");
+        ring.arm_receive();
+        ring.enter().expect("the receive is submitted");
+        assert!(ring.receive_armed() && ring.next_completion().is_none());
+        assert!(ring.quiesce() && !ring.receive_armed());
+    }
+
+    #[test]
     fn the_buffer_ring_wraps() {
         let mut memory = Memory::new(4, 1);
         for round in 0..70_000_u32 {
