@@ -411,7 +411,7 @@ fn throughput<D: Datapath + Send>(mut near: D, mut far: D, payload_bytes: usize)
     use std::sync::atomic::{AtomicBool, Ordering};
     let stop = AtomicBool::new(false);
     let remote = far.local_addr();
-    let duration = Duration::from_secs(2);
+    let start = Instant::now();
     std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let payload = pattern(payload_bytes, 1);
@@ -435,7 +435,8 @@ fn throughput<D: Datapath + Send>(mut near: D, mut far: D, payload_bytes: usize)
             }
             far.counters()
         });
-        std::thread::sleep(duration);
+        std::thread::sleep(Duration::from_secs(2));
+        let duration = start.elapsed();
         stop.store(true, Ordering::Relaxed);
         let (sent, received) =
             (sender.join().expect("the sender ran"), receiver.join().expect("the receiver ran"));
