@@ -209,6 +209,7 @@ impl Starter {
         let xdp = opened.xdp.clone();
         let result = match opened.datapaths {
             open::Datapaths::AfXdp(paths) => self.spawn_all(paths),
+            open::Datapaths::IoUring(paths) => self.spawn_all(paths),
             open::Datapaths::Socket(paths) => self.spawn_all(paths),
         };
         let engine = Engine {

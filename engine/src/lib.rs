@@ -7,6 +7,7 @@ pub mod clock;
 pub mod config;
 pub mod connection;
 pub mod datapath;
+pub mod doctor;
 pub mod engine;
 pub mod error;
 mod handles;

@@ -57,6 +57,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let opened = open(&config)?;
     match opened.datapaths {
         Datapaths::AfXdp(mut paths) => drive(args, &mut paths[0]),
+        Datapaths::IoUring(mut paths) => drive(args, &mut paths[0]),
         Datapaths::Socket(mut paths) => drive(args, &mut paths[0]),
     }
 }

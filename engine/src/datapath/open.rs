@@ -5,18 +5,22 @@
 
 use std::net::SocketAddrV6;
 
-use super::Datapath;
 use super::af_xdp::{AfXdp, AfXdpConfig, InterfaceHandle, ZeroCopy, open_interface};
-use super::choice::DatapathChoice;
+use super::choice::{DatapathChoice, choose};
+use super::io_uring::IoUringDatapath;
 use super::socket::SocketDatapath;
-use super::udp_socket::SocketConfig;
+use super::udp_socket::{SocketConfig, SocketError};
+use super::{Datapath, DatapathKind};
 use crate::config::TransportConfig;
+use crate::doctor::interface_facts;
 use crate::error::StartError;
 
 /// Open datapaths of one kind, in shard order.
 pub enum Datapaths {
     /// AF_XDP rings, one device queue each.
     AfXdp(Vec<AfXdp>),
+    /// io_uring over kernel sockets that share the port.
+    IoUring(Vec<IoUringDatapath>),
     /// Plain kernel sockets that share the port.
     Socket(Vec<SocketDatapath>),
 }
@@ -58,23 +62,93 @@ impl Opened {
     pub fn local_addr(&self) -> SocketAddrV6 {
         match &self.datapaths {
             Datapaths::AfXdp(paths) => paths.first().map(Datapath::local_addr),
+            Datapaths::IoUring(paths) => paths.first().map(Datapath::local_addr),
             Datapaths::Socket(paths) => paths.first().map(Datapath::local_addr),
         }
         .expect("a configuration has at least one shard")
+    }
+
+    fn because(mut self, reason: &str) -> Self {
+        self.reasons.push(reason.to_owned());
+        self
     }
 }
 
 /// Opens the datapaths that `config` asks for.
 ///
 /// # Errors
-/// What was demanded cannot be had: the text names it and the fix.
+/// What was demanded cannot be had: the text names it and the fix. `Auto` fails
+/// only when not even plain sockets can be opened.
 pub fn open(config: &TransportConfig) -> Result<Opened, StartError> {
     match config.datapath {
-        DatapathChoice::AfXdp => open_af_xdp(config),
-        DatapathChoice::Auto | DatapathChoice::IoUring | DatapathChoice::Socket => {
-            open_sockets(config)
+        DatapathChoice::AfXdp => open_af_xdp(config).map(|opened| opened.because("asked for")),
+        DatapathChoice::IoUring => open_io_uring(config).map(|opened| opened.because("asked for")),
+        DatapathChoice::Socket => open_sockets(config).map(|opened| opened.because("asked for")),
+        DatapathChoice::Auto => open_best(config),
+    }
+}
+
+/// The best by capability; what cannot be opened after all is left for the next.
+fn open_best(config: &TransportConfig) -> Result<Opened, StartError> {
+    let interface = config.interface.clone().or_else(|| interface_of(config));
+    let facts = interface.as_deref().and_then(interface_facts);
+    let mut reasons = Vec::new();
+    let kind = match &facts {
+        Some(facts) => {
+            let choice = choose(DatapathChoice::Auto, facts);
+            for (kind, why) in &choice.refused {
+                reasons.push(format!("not {}: {why}", kind.name()));
+            }
+            reasons.push(format!("{}: {}", choice.kind.name(), choice.reason));
+            choice.kind
+        }
+        None => {
+            reasons.push("not af_xdp: no interface is named, and AF_XDP binds to one".into());
+            DatapathKind::IoUring
+        }
+    };
+    let mut attempts = vec![DatapathKind::IoUring, DatapathKind::Socket];
+    if kind == DatapathKind::AfXdp {
+        attempts.insert(0, kind);
+    } else if kind == DatapathKind::Socket {
+        attempts.remove(0);
+    }
+    let mut failure = None;
+    for kind in attempts {
+        let opened = match kind {
+            DatapathKind::AfXdp => {
+                let mut config = config.clone();
+                config.interface = interface.clone();
+                open_af_xdp(&config)
+            }
+            DatapathKind::IoUring => open_io_uring(config),
+            _ => open_sockets(config),
+        };
+        match opened {
+            Ok(mut opened) => {
+                reasons.push(format!("{}: opened by `auto`", kind.name()));
+                opened.reasons = reasons;
+                for reason in &opened.reasons {
+                    tracing::info!(reason, "datapath choice");
+                }
+                return Ok(opened);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "falling back");
+                reasons.push(format!("not {}: {error}", kind.name()));
+                failure = Some(error);
+            }
         }
     }
+    Err(failure.expect("at least plain sockets were tried"))
+}
+
+/// The interface that owns the bound address, where a single one is bound.
+fn interface_of(config: &TransportConfig) -> Option<String> {
+    let wanted = format!("{:032x}", config.bind.ip().to_bits());
+    let text = std::fs::read_to_string("/proc/net/if_inet6").ok()?;
+    let line = text.lines().find(|line| line.starts_with(&wanted))?;
+    line.split_whitespace().nth(5).map(str::to_owned)
 }
 
 fn open_af_xdp(config: &TransportConfig) -> Result<Opened, StartError> {
@@ -82,26 +156,37 @@ fn open_af_xdp(config: &TransportConfig) -> Result<Opened, StartError> {
     let shards = u32::try_from(config.shards).expect("validated: at most 256");
     let mut af_xdp = AfXdpConfig::new(interface, config.bind);
     af_xdp.queues = (config.first_queue..config.first_queue + shards).collect();
-    af_xdp.zero_copy =
-        if config.require_zero_copy { ZeroCopy::Require } else { ZeroCopy::Prefer };
+    af_xdp.zero_copy = if config.require_zero_copy { ZeroCopy::Require } else { ZeroCopy::Prefer };
     af_xdp.allow_skb_mode = config.allow_skb_mode;
     let paths = open_interface(&af_xdp).map_err(|error| refused("af_xdp", &error))?;
     let xdp = paths.first().map(|path| XdpHandle(path.interface()));
-    let reasons = vec!["af_xdp: asked for".to_owned()];
-    Ok(Opened { datapaths: Datapaths::AfXdp(paths), reasons, xdp })
+    Ok(Opened { datapaths: Datapaths::AfXdp(paths), reasons: Vec::new(), xdp })
 }
 
-fn open_sockets(config: &TransportConfig) -> Result<Opened, StartError> {
-    let mut paths: Vec<SocketDatapath> = Vec::with_capacity(config.shards);
+/// One socket per shard: the first chooses the port, the others join it.
+fn open_each<D: Datapath>(
+    config: &TransportConfig,
+    datapath: &'static str,
+    open: impl Fn(SocketConfig) -> Result<D, SocketError>,
+) -> Result<Vec<D>, StartError> {
+    let mut paths: Vec<D> = Vec::with_capacity(config.shards);
     for _ in 0..config.shards {
-        // The first socket chooses the port, the others join it.
         let local = paths.first().map_or(config.bind, Datapath::local_addr);
         let mut socket = SocketConfig::new(local);
         socket.reuse_port = config.shards > 1;
-        paths.push(SocketDatapath::open(socket).map_err(|error| refused("socket", &error))?);
+        paths.push(open(socket).map_err(|error| refused(datapath, &error))?);
     }
-    let reasons = vec![format!("socket: chosen for `{}`", config.datapath)];
-    Ok(Opened { datapaths: Datapaths::Socket(paths), reasons, xdp: None })
+    Ok(paths)
+}
+
+fn open_io_uring(config: &TransportConfig) -> Result<Opened, StartError> {
+    let paths = open_each(config, "io_uring", IoUringDatapath::open)?;
+    Ok(Opened { datapaths: Datapaths::IoUring(paths), reasons: Vec::new(), xdp: None })
+}
+
+fn open_sockets(config: &TransportConfig) -> Result<Opened, StartError> {
+    let paths = open_each(config, "socket", SocketDatapath::open)?;
+    Ok(Opened { datapaths: Datapaths::Socket(paths), reasons: Vec::new(), xdp: None })
 }
 
 fn refused(datapath: &'static str, error: &dyn std::fmt::Display) -> StartError {

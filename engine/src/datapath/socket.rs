@@ -72,7 +72,7 @@ impl SocketDatapath {
             batcher: Batcher::new(config.tx_batches, socket.gso()),
             head: 0,
             tail: 0,
-            mtu: MtuProbe::new(socket.local()),
+            mtu: MtuProbe::open(socket.local())?,
             event: None,
             counters: DatapathCounters::default(),
             socket,

@@ -14,7 +14,7 @@ use std::ptr::NonNull;
 ///
 /// # Safety
 /// Both must hold for the implementing type.
-pub(crate) unsafe trait Zeroed: Copy {}
+pub(crate) unsafe trait Zeroed: Sized {}
 
 // SAFETY: an integer; zero is valid, nothing to drop.
 unsafe impl Zeroed for u8 {}

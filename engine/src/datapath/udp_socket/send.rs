@@ -23,7 +23,11 @@ const GSO_BYTES_MAX: usize = 65_535 - 48;
 enum State {
     Open,
     Sealed,
-    Plain { offset: usize },
+    /// `suspect`: the refusal may mean that segmentation itself does not work.
+    Plain {
+        offset: usize,
+        suspect: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -188,7 +192,11 @@ impl Batcher {
             self.dropped(&meta, drop, counters);
             return PlainOutcome::Done;
         }
-        batch.state = State::Plain { offset: 0 };
+        let suspect = matches!(
+            error.raw_os_error(),
+            Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE | libc::EOPNOTSUPP)
+        );
+        batch.state = State::Plain { offset: 0, suspect };
         self.send_rest(slots, fd, slot, counters)
     }
 
@@ -201,15 +209,18 @@ impl Batcher {
         counters: &mut DatapathCounters,
     ) -> PlainOutcome {
         let batch = self.batches[slot];
-        let State::Plain { mut offset } = batch.state else { return PlainOutcome::Done };
+        let State::Plain { mut offset, suspect } = batch.state else { return PlainOutcome::Done };
         while offset < batch.bytes {
             let end = batch.bytes.min(offset + batch.segment_bytes);
             counters.system_calls += 1;
             match slots.send_plain(fd, slot, offset..end) {
-                Ok(()) => self.remember_refusal(&batch.meta),
+                // The first one has the full segment size; a shorter last one that
+                // leaves proves nothing after an MTU change.
+                Ok(()) if suspect && offset == 0 => self.remember_refusal(&batch.meta),
+                Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.batches[slot].state = State::Plain { offset };
+                    self.batches[slot].state = State::Plain { offset, suspect };
                     return PlainOutcome::WouldBlock;
                 }
                 Err(error) => self.dropped(&batch.meta, drop_reason(&error), counters),
@@ -249,7 +260,11 @@ impl Batcher {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
+    use crate::datapath::udp_socket::{SocketConfig, UdpSocket};
+    use crate::sys::udp::ReceiveArray;
 
     fn meta(port: u16) -> TxMeta {
         let remote = SocketAddrV6::new(Ipv6Addr::LOCALHOST, port, 0, 0);
@@ -286,6 +301,11 @@ mod tests {
         let appended =
             (0..100).filter(|_| batcher.try_append(&mut slots, 0, &meta(1), &[1; 8952])).count();
         assert_eq!(appended + 1, GSO_BYTES_MAX / 8952);
+
+        // Two of these would fit the slot, but not one IPv6 packet.
+        let (mut slots, mut batcher) = open(&[1; 32_767], true);
+        assert!(!batcher.try_append(&mut slots, 0, &meta(1), &[1; 32_767]));
+        assert!(batcher.try_append(&mut slots, 0, &meta(1), &[1; 32_720]));
     }
 
     #[test]
@@ -314,5 +334,64 @@ mod tests {
         assert_eq!(of(libc::EHOSTUNREACH), TxDrop::NoRoute);
         assert_eq!(of(libc::ENETDOWN), TxDrop::LinkDown);
         assert_eq!(of(libc::ENOBUFS), TxDrop::Io);
+    }
+
+    fn loopback() -> UdpSocket {
+        let local = SocketAddrV6::new(Ipv6Addr::LOCALHOST, 0, 0, 0);
+        UdpSocket::open(&SocketConfig::new(local)).expect("::1 can be bound")
+    }
+
+    #[test]
+    fn a_refused_batch_leaves_singly_and_the_refusal_is_remembered() {
+        let (near, far) = (loopback(), loopback());
+        let to = TxMeta { remote: far.local(), local: None, ecn: Ecn::Ce };
+        let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
+        assert!(batcher.try_append(&mut slots, 0, &to, &[3; 40]));
+        batcher.seal(&mut slots, 0);
+        let mut counters = DatapathCounters::default();
+        let error = io::Error::from_raw_os_error(libc::EIO);
+        let outcome = batcher.refused(&mut slots, near.as_fd(), 0, &error, &mut counters);
+        assert_eq!(outcome, PlainOutcome::Done);
+        assert!(!batcher.gso(), "remembered");
+        let mut received = ReceiveArray::new(8, 65_536);
+        assert_eq!(received.receive(far.as_fd()).expect("three datagrams"), 3);
+        for (index, expected) in [&[1_u8; 100][..], &[2; 100], &[3; 40]].iter().enumerate() {
+            assert_eq!(received.message(index).payload, *expected);
+        }
+        assert_eq!(counters.tx_drop_io, 0);
+    }
+
+    #[test]
+    fn a_passing_shortage_is_not_a_refusal() {
+        let (near, far) = (loopback(), loopback());
+        let to = TxMeta { remote: far.local(), local: None, ecn: Ecn::Ce };
+        let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
+        batcher.seal(&mut slots, 0);
+        let error = io::Error::from_raw_os_error(libc::ENOBUFS);
+        let mut counters = DatapathCounters::default();
+        let _ = batcher.refused(&mut slots, near.as_fd(), 0, &error, &mut counters);
+        assert!(batcher.gso());
+        assert_eq!(ReceiveArray::new(8, 65_536).receive(far.as_fd()).expect("both"), 2);
+    }
+
+    #[test]
+    fn a_batch_that_cannot_leave_at_all_says_nothing_about_segmentation() {
+        let near = loopback();
+        let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
+        let foreign = Some("2001:db8::1".parse().expect("address"));
+        let to = TxMeta { remote: near.local(), local: foreign, ecn: Ecn::Ect0 };
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
+        batcher.seal(&mut slots, 0);
+        let error = slots.send(near.as_fd(), 0..1).expect_err("the source is not ours");
+        let mut counters = DatapathCounters::default();
+        let outcome = batcher.refused(&mut slots, near.as_fd(), 0, &error, &mut counters);
+        assert_eq!(outcome, PlainOutcome::Done);
+        assert!(batcher.gso(), "still on");
+        assert_eq!(counters.tx_drop_io, 2, "both counted");
     }
 }

@@ -9,7 +9,7 @@ mod send;
 
 pub(crate) use control::{CONTROL_BYTES, ControlReader};
 pub(crate) use receive::{Message, ReceiveArray, socket_addr};
-pub(crate) use send::{MessageAddressing, SEND_BUFFER_BYTES, SendSlots};
+pub(crate) use send::{MessageAddressing, SendSlots};
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

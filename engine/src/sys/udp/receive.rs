@@ -118,7 +118,7 @@ impl ReceiveArray {
         let payload_bytes = (entry.msg_len as usize).min(self.buffer_bytes);
         let payload = index * self.buffer_bytes;
         let control = index * CONTROL_BYTES;
-        let control_bytes = (header.msg_controllen as usize).min(CONTROL_BYTES);
+        let control_bytes = header.msg_controllen.min(CONTROL_BYTES);
         Message {
             remote: socket_addr(self.names.at(index)),
             control: self.controls.range(control..control + control_bytes),
