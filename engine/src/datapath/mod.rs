@@ -15,6 +15,8 @@ use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+pub mod af_xdp;
+
 use bytes::{BufMut, BytesMut};
 
 /// Explicit congestion notification: the two low bits of the IPv6 traffic class (RFC 3168 §5).
