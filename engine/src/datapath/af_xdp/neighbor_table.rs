@@ -47,7 +47,7 @@ pub const NO_ROUTE_LIFETIME: Duration = Duration::from_secs(1);
 /// Routes and neighbours unused for this long are forgotten.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
-/// A failure told sooner than this after the neighbour was asked for is an
+/// A failure told sooner than this after the neighbour was found missing is an
 /// earlier attempt's, notified late.
 const LATE_FAILURE: Duration = Duration::from_millis(100);
 
@@ -233,12 +233,10 @@ impl NeighborTable {
         } else if neighbor.mac.is_some() {
             neighbor.missing_since = Some(now);
         } else {
-            neighbor.missing_since.get_or_insert(now);
-            let gave_up = state & libc::NUD_FAILED != 0;
-            neighbor.failed |= gave_up
-                && neighbor
-                    .asked_at
-                    .is_some_and(|at| now.saturating_duration_since(at) >= LATE_FAILURE);
+            let since = *neighbor.missing_since.get_or_insert(now);
+            let late = now.saturating_duration_since(since) < LATE_FAILURE;
+            let gave_up = state & libc::NUD_FAILED != 0 && neighbor.asked_at.is_some();
+            neighbor.failed |= gave_up && !late;
         }
         neighbor.mac = usable;
         before != (neighbor.mac, neighbor.failed)
@@ -440,12 +438,13 @@ mod tests {
         let late = now + LATE_FAILURE / 2;
         assert!(!table.handle_neighbor(late, PEER, libc::NUD_FAILED, None), "an earlier attempt's");
         let then = now + seconds(3);
+        table.handle_asked(then, PEER);
         assert!(table.handle_neighbor(then, PEER, libc::NUD_FAILED, None));
         assert_eq!(table.lookup(then, KEY), Lookup::NoRoute);
         assert_eq!(table.reason(&KEY), Some(NoRouteReason::NeighborFailed(PEER)));
         assert!(!table.handle_neighbor(then, PEER, libc::NUD_INCOMPLETE, None));
         assert_eq!(table.lookup(then, KEY), Lookup::NoRoute, "until it answers");
-        assert_eq!(due(&table, then), [PEER]);
+        assert_eq!(due(&table, then + RETRY_INTERVAL), [PEER]);
         assert!(table.handle_neighbor(then, PEER, libc::NUD_REACHABLE, Some(MAC)));
         assert_eq!(table.lookup(then, KEY), READY);
         assert_eq!(table.reason(&KEY), None);
