@@ -484,6 +484,10 @@ impl Neighbors {
     }
 
     fn try_reread(&mut self, now: Instant) -> Result<(), NetlinkError> {
+        // Applied later, what waits would undo what is read now.
+        if !self.notifications.discard()? {
+            tracing::warn!(interface = self.name, "the kernel's tables change without pause");
+        }
         let Some(info) = link::link(&mut self.requests, self.ifindex)? else {
             self.apply_gone();
             return Ok(());

@@ -36,6 +36,8 @@ const NOTIFICATION_BUFFER_BYTES: usize = 1 << 20;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a dump is tried that a concurrent change interrupted.
 const DUMP_ATTEMPTS_MAX: u32 = 5;
+/// Datagrams thrown away in one go: more than the buffer holds.
+const DISCARDED_DATAGRAMS_MAX: u32 = 1 << 16;
 
 const HEADER_BYTES: usize = 16;
 const ATTRIBUTE_HEADER_BYTES: usize = 4;
@@ -294,7 +296,7 @@ pub(super) enum Notifications {
     /// The limit was reached: more may wait.
     More,
     /// Some were lost (the buffer overflowed, or one was longer than ours):
-    /// everything has to be read anew.
+    /// [`discard`](NetlinkSocket::discard) the rest, and read everything anew.
     Lost,
 }
 
@@ -436,6 +438,22 @@ impl NetlinkSocket {
             }
         }
         Ok(Notifications::More)
+    }
+
+    /// Throws away the notifications that wait, because what they say is about to
+    /// be read anew. Says whether all are gone; under a flood some may be left.
+    ///
+    /// # Errors
+    /// [`NetlinkError::System`] if the socket is broken.
+    pub(super) fn discard(&mut self) -> Result<bool, NetlinkError> {
+        for _ in 0..DISCARDED_DATAGRAMS_MAX {
+            match receive(&self.fd, &mut self.datagram) {
+                Ok(_) | Err(Errno::NOBUFS) => {}
+                Err(Errno::AGAIN) => return Ok(true),
+                Err(errno) => return Err(system("recvfrom")(errno)),
+            }
+        }
+        Ok(false)
     }
 }
 
