@@ -17,14 +17,19 @@
 
 mod error;
 mod limits;
+pub mod link;
+mod neighbor_table;
 pub mod neighbors;
+mod netlink;
 mod open;
 mod pending;
 pub mod program;
 mod receive;
 mod rings;
+mod routes;
 mod slow_path;
 mod socket;
+mod solicit;
 mod transmit;
 
 use std::collections::VecDeque;
