@@ -14,6 +14,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use quinn_proto::{Dir, StreamId, VarInt};
 
+use crate::datapath::Datapath;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
 use crate::proto::{ConnectionStats, Owner, Protocol};
 use crate::shard::mailbox::{Command, Mailbox};
@@ -152,6 +153,7 @@ impl AppSender {
 /// What a [`ShardApp`] may do during a call.
 pub struct ShardCx<'a> {
     pub(crate) proto: &'a mut Protocol,
+    pub(crate) paths: &'a dyn Datapath,
     pub(crate) now: Instant,
     pub(crate) owner: Owner,
 }
@@ -184,7 +186,8 @@ impl ShardCx<'_> {
         remote: SocketAddrV6,
         server_name: &str,
     ) -> Result<ConnId, ConnectError> {
-        self.proto.connect(self.now, remote, server_name, None, self.owner)
+        let mtu_bytes = self.paths.max_udp_payload(&remote);
+        self.proto.connect(self.now, remote, mtu_bytes, server_name, None, self.owner)
     }
 
     /// Accepts a client. The handshake goes on; [`ShardApp::handle_connected`] follows.
@@ -192,7 +195,8 @@ impl ShardCx<'_> {
     /// # Errors
     /// The client's first flight was invalid or a limit is reached; it was answered.
     pub fn accept(&mut self, incoming: Incoming) -> Result<ConnId, ConnectionError> {
-        self.proto.accept(self.now, incoming.0, self.owner)
+        let mtu_bytes = self.paths.max_udp_payload(&incoming.remote());
+        self.proto.accept(self.now, incoming.0, mtu_bytes, self.owner)
     }
 
     /// Refuses a client with CONNECTION_REFUSED.

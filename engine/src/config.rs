@@ -35,6 +35,8 @@ pub const TIMERS_PER_TURN_MAX: usize = 1024;
 pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
 /// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
 pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
+/// Distinct largest UDP payloads that a shard keeps settings for: one per interface or path MTU.
+pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.

@@ -203,6 +203,28 @@ fn wakes_and_times_out<D: Datapath>(mut near: D, mut far: D) {
     assert_eq!(collect(&mut far, 1, 1)[0].data, b"ping");
 }
 
+/// A datagram that arrives during the very first sleep, after turns that found nothing.
+fn wakes_from_its_first_sleep<D: Datapath>(_near: D, mut far: D) {
+    let wake = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+    let remote = far.local_addr();
+    for _ in 0..100 {
+        far.receive(Instant::now(), &mut batch(1));
+        far.flush(Instant::now());
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(100));
+            let socket = std::net::UdpSocket::bind("[::1]:0").expect("a socket");
+            socket.send_to(b"first", remote).expect("sent");
+        });
+        let start = Instant::now();
+        far.wait(wake.as_fd(), Some(PATIENCE)).expect("wait works");
+        assert!(start.elapsed() < PATIENCE / 2, "slept through a datagram");
+        assert!(start.elapsed() > Duration::from_millis(50), "did not sleep at all");
+    });
+    assert_eq!(collect(&mut far, 1, 1)[0].data, b"first");
+}
+
 fn counts_overruns<D: Datapath>(mut near: D, mut far: D) {
     let remote = far.local_addr();
     let sent = 3000;
@@ -321,6 +343,7 @@ over_both! {
     packs_and_splits(config());
     honours_batch_limit(config());
     wakes_and_times_out(config());
+    wakes_from_its_first_sleep(config());
     counts_overruns(small_receive_buffer());
     refuses_ipv4(config());
     survives_churn(few_buffers());

@@ -31,12 +31,25 @@ pub(crate) struct CcState {
     cwnd_bytes: AtomicU64,
     /// Zero: the controller has no rate of its own.
     pacing_rate_bytes_per_s: AtomicU64,
+    /// Size of the path MTU probe under way, part of what quinn-proto calls in flight.
+    probe_bytes: AtomicU64,
 }
 
 impl CcState {
     /// Opens or closes the gate for the next `poll_transmit`.
     pub(crate) fn set_gate(&self, open: bool) {
         self.gate_open.store(open, Relaxed);
+    }
+
+    /// A path MTU probe left. Its loss is no congestion and nobody is told of it, and
+    /// it may be larger than the whole window: it does not count as in flight.
+    pub(crate) fn set_probe(&self, bytes: u64) {
+        self.probe_bytes.store(bytes, Relaxed);
+    }
+
+    /// The path MTU probe under way, bytes; zero: none.
+    pub(crate) fn probe_bytes(&self) -> u64 {
+        self.probe_bytes.load(Relaxed)
     }
 
     /// Bytes in flight: exact after each ACK, and as sent and lost since.
@@ -114,6 +127,7 @@ impl Controller for Gated {
         app_limited: bool,
         largest_packet_num_acked: Option<u64>,
     ) {
+        let in_flight = in_flight.saturating_sub(self.state.probe_bytes());
         self.state.inflight_bytes.store(in_flight, Relaxed);
         self.inner.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
         self.publish();
@@ -192,5 +206,8 @@ mod tests {
         assert_eq!(state.inflight_bytes(), 0);
         controller.on_end_acks(now, 777, false, Some(1));
         assert_eq!(state.inflight_bytes(), 777, "each ACK makes it exact");
+        state.set_probe(9000);
+        controller.on_end_acks(now, 9777, false, Some(2));
+        assert_eq!(state.inflight_bytes(), 777, "a path MTU probe holds nothing back");
     }
 }

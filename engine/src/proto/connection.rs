@@ -143,6 +143,8 @@ pub(crate) struct Conn {
     acks_sent: u64,
     eliciting_at_ack: u64,
     owed_since: Option<Instant>,
+    /// Path MTU probes lost when the one under way was sent.
+    probes_lost: u64,
 }
 
 impl Conn {
@@ -170,6 +172,7 @@ impl Conn {
             acks_sent: 0,
             eliciting_at_ack: 0,
             owed_since: None,
+            probes_lost: 0,
         }
     }
 
@@ -193,6 +196,9 @@ impl Conn {
             self.path = self.inner.remote_address();
             self.cc = Gated::state_of(&self.inner);
             self.pacer = Pacer::new(now);
+        }
+        if self.cc.probe_bytes() != 0 && self.probe_is_over() {
+            self.cc.set_probe(0);
         }
         let packet = u64::from(self.inner.current_mtu());
         // The packet that closes a connection is not held back by what the connection had to say.
@@ -246,8 +252,18 @@ impl Conn {
         true
     }
 
+    /// Whether the path MTU probe under way was answered or lost since.
+    fn probe_is_over(&self) -> bool {
+        u64::from(self.inner.current_mtu()) >= self.cc.probe_bytes()
+            || self.inner.stats().path.lost_plpmtud_probes != self.probes_lost
+    }
+
     /// Accounts for a datagram that left.
     pub(crate) fn on_transmit(&mut self, now: Instant, bytes: u64) {
+        if bytes > u64::from(self.inner.current_mtu()) {
+            self.cc.set_probe(bytes);
+            self.probes_lost = self.inner.stats().path.lost_plpmtud_probes;
+        }
         let (rate, _) = self.pacing();
         self.pacer.on_sent(now, bytes, rate);
     }

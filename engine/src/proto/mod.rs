@@ -24,7 +24,7 @@ use quinn_proto::{
 };
 
 use crate::app::{ConnId, Incoming};
-use crate::config::{RetryPolicy, TX_RESPONSES_QUEUED_MAX, TransportConfig};
+use crate::config::{RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig};
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
 use crate::metrics::ShardCounters;
@@ -82,7 +82,10 @@ pub(crate) struct Protocol {
     expired: Vec<u32>,
     response_buffer: Vec<u8>,
     config: Arc<TransportConfig>,
-    transport: Arc<quinn_proto::TransportConfig>,
+    /// One per largest UDP payload that a path was seen to carry.
+    transports: Vec<(u16, Arc<quinn_proto::TransportConfig>)>,
+    cc_seed: u64,
+    server: Option<Arc<ServerConfig>>,
     client: Option<ClientConfig>,
     shard: usize,
     pub(crate) mailbox: crate::shard::mailbox::Mailbox,
@@ -109,6 +112,7 @@ impl Protocol {
         let ProtocolSetup { config, identity, cid_key, shard, mailbox, mtu_bytes, seed } = setup;
         let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
         let transport = Arc::new(config.quic(mtu_bytes, cc_seed));
+        let transports = vec![(mtu_bytes, transport.clone())];
         let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
         let mut endpoint_config = EndpointConfig::new(reset_key);
         // A limit set for this side holds for what the peer sends, too (RFC 9000 §18.2).
@@ -138,7 +142,8 @@ impl Protocol {
         });
         Self {
             accepting: server.is_some(),
-            endpoint: Endpoint::new(Arc::new(endpoint_config), server, true, Some(seed)),
+            endpoint: Endpoint::new(Arc::new(endpoint_config), server.clone(), true, Some(seed)),
+            server,
             conns: Vec::new(),
             generation: 0,
             live: 0,
@@ -151,7 +156,8 @@ impl Protocol {
             expired: Vec::new(),
             response_buffer: Vec::with_capacity(2048),
             config,
-            transport,
+            transports,
+            cc_seed,
             client,
             shard,
             mailbox,
@@ -170,6 +176,11 @@ impl Protocol {
     /// Connections that exist, draining ones included.
     pub(crate) fn live_connections(&self) -> usize {
         self.live
+    }
+
+    /// Connections that are neither closed nor draining.
+    pub(crate) fn open_connections(&self) -> usize {
+        self.conns.iter().flatten().filter(|conn| !conn.inner.is_closed()).count()
     }
 
     /// Stops accepting clients.
@@ -251,14 +262,37 @@ impl Protocol {
         Some(Incoming(incoming))
     }
 
+    /// The settings for paths whose UDP payload is at most `mtu_bytes`.
+    fn transport(&mut self, mtu_bytes: u16) -> Arc<quinn_proto::TransportConfig> {
+        if let Some((_, transport)) = self.transports.iter().find(|(mtu, _)| *mtu == mtu_bytes) {
+            return transport.clone();
+        }
+        let transport = Arc::new(self.config.quic(mtu_bytes, self.cc_seed));
+        // A handful of interfaces and path MTUs; a flood of odd ones replaces the youngest.
+        self.transports.truncate(TRANSPORTS_MAX - 1);
+        self.transports.push((mtu_bytes, transport.clone()));
+        transport
+    }
+
+    /// `mtu_bytes`: the largest UDP payload that can leave towards the client.
     pub(crate) fn accept(
         &mut self,
         now: Instant,
         incoming: quinn_proto::Incoming,
+        mtu_bytes: u16,
         owner: Owner,
     ) -> Result<ConnId, ConnectionError> {
         self.response_buffer.clear();
-        let accepted = self.endpoint.accept(incoming, now, &mut self.response_buffer, None);
+        let transport = self.transport(mtu_bytes);
+        let server = self.server.as_ref().map(|server| {
+            if Arc::ptr_eq(&server.transport, &transport) {
+                return server.clone();
+            }
+            let mut server = ServerConfig::clone(server);
+            server.transport_config(transport);
+            Arc::new(server)
+        });
+        let accepted = self.endpoint.accept(incoming, now, &mut self.response_buffer, server);
         match accepted {
             Ok((handle, connection)) => {
                 self.counters.accepted += 1;
@@ -312,10 +346,12 @@ impl Protocol {
 
     // --- connections --------------------------------------------------------------
 
+    /// `mtu_bytes`: the largest UDP payload that can leave towards `remote`.
     pub(crate) fn connect(
         &mut self,
         now: Instant,
         remote: SocketAddrV6,
+        mtu_bytes: u16,
         server_name: &str,
         config: Option<ClientConfig>,
         owner: Owner,
@@ -331,13 +367,9 @@ impl Protocol {
         if self.live >= self.config.connections_per_shard_max {
             return Err(ConnectError::TooManyConnections);
         }
-        let config = match config {
-            Some(mut config) => {
-                config.transport_config(self.transport.clone());
-                config
-            }
-            None => self.client.clone().ok_or(ConnectError::NoClientConfig)?,
-        };
+        let mut config =
+            config.or_else(|| self.client.clone()).ok_or(ConnectError::NoClientConfig)?;
+        config.transport_config(self.transport(mtu_bytes));
         let (handle, connection) = self
             .endpoint
             .connect(now, config, SocketAddr::V6(remote), server_name)

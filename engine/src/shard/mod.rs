@@ -242,7 +242,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 }
             }
             // Handles queue their stream work; one pass serves a whole batch of it.
-            let mut cx = ShardCx { proto: &mut self.proto, now, owner: Owner::Handles };
+            let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner: Owner::Handles };
             if !self.handles.pump(&mut cx) {
                 return worked;
             }
@@ -301,7 +301,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         owner: Owner,
         f: impl FnOnce(&mut dyn ShardApp, &mut ShardCx<'_>),
     ) {
-        let mut cx = ShardCx { proto: &mut self.proto, now, owner };
+        let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner };
         match (owner, &mut self.app) {
             (Owner::App, Some(app)) => f(app.as_mut(), &mut cx),
             _ => f(&mut self.handles, &mut cx),
@@ -424,15 +424,23 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn handle_command(&mut self, now: Instant, command: Command) {
         match command {
             Command::Handles(command) => {
-                let mut cx = ShardCx { proto: &mut self.proto, now, owner: Owner::Handles };
+                let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner: Owner::Handles };
                 self.handles.handle_command(&mut cx, command);
             }
             Command::App(message) => {
                 self.call(now, Owner::App, |app, cx| app.handle_message(cx, message));
             }
             Command::Connect { remote, server_name, config, reply } => {
-                let result = self.proto.connect(now, remote, &server_name, config, Owner::Handles);
-                let mut cx = ShardCx { proto: &mut self.proto, now, owner: Owner::Handles };
+                let mtu_bytes = self.datapath.max_udp_payload(&remote);
+                let result = self.proto.connect(
+                    now,
+                    remote,
+                    mtu_bytes,
+                    &server_name,
+                    config,
+                    Owner::Handles,
+                );
+                let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner: Owner::Handles };
                 self.handles.handle_connect_result(&mut cx, result, reply);
             }
             Command::Shutdown(order) => self.begin_ending(now, order),
@@ -494,7 +502,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     fn advance_ending(&mut self, now: Instant) {
         let Some(ending) = &mut self.ending else { return };
-        let idle = self.proto.live_connections() == 0;
+        // Connections that only drain (RFC 9000 §10.2) have nothing left to say.
+        let idle = self.proto.open_connections() == 0;
         if ending.closed || (now < ending.close_at && !idle) {
             return;
         }

@@ -320,15 +320,20 @@ impl Datapath for IoUringDatapath {
             return Ok(());
         }
         // Polled rather than waited for inside the ring: a wake descriptor armed
-        // there would outlive its borrow.
+        // there would outlive its borrow. The socket is watched besides the ring
+        // because deferred task work sets the ring's flag but does not wake a
+        // sleeper in ppoll (seen on 6.18).
+        let mut interest = PollFlags::IN;
+        if !self.blocked.is_empty() {
+            interest |= PollFlags::OUT;
+        }
         let mut fds = [
             PollFd::from_borrowed_fd(wake, PollFlags::IN),
             PollFd::from_borrowed_fd(self.ring.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT),
+            PollFd::from_borrowed_fd(self.socket.as_fd(), interest),
         ];
-        let watched = if self.blocked.is_empty() { 2 } else { 3 };
         self.counters.system_calls += 1;
-        poll_until(&mut fds[..watched], timeout)
+        poll_until(&mut fds, timeout)
     }
 
     fn counters(&self) -> DatapathCounters {
