@@ -24,6 +24,7 @@ use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
 use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp};
 use crate::metrics::{ShardCounters, ShardMetrics};
+use crate::placement;
 use crate::proto::cid::CidKey;
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
@@ -156,7 +157,7 @@ impl Builder {
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
             siblings: Siblings { mailboxes, cid_key: cid_key.unwrap_or_else(CidKey::random) },
-            cores: cores(&config)?,
+            cores: placement::cores(&config)?,
             config: Arc::new(config),
             identity,
             app,
@@ -166,28 +167,6 @@ impl Builder {
         };
         starter.start(opened)
     }
-}
-
-/// The core of each shard; `None` leaves the choice to the scheduler.
-fn cores(config: &TransportConfig) -> Result<Vec<Option<core_affinity::CoreId>>, StartError> {
-    let allowed = core_affinity::get_core_ids().unwrap_or_default();
-    let mut chosen = Vec::with_capacity(config.shards);
-    for shard in 0..config.shards {
-        let Some(core) = config.cores.get(shard).copied() else {
-            // More shards than cores share them; the scheduler places those.
-            chosen.push((config.shards <= allowed.len()).then(|| allowed[shard]));
-            continue;
-        };
-        let Some(id) = allowed.iter().find(|id| id.id == core) else {
-            let ids: Vec<usize> = allowed.iter().map(|id| id.id).collect();
-            let reason = format!(
-                "this process may run on cores {ids:?} only (see `taskset -p` and the cgroup's cpuset.cpus)"
-            );
-            return Err(StartError::Core { core, shard, reason });
-        };
-        chosen.push(Some(*id));
-    }
-    Ok(chosen)
 }
 
 struct Starter {
@@ -273,7 +252,7 @@ impl Starter {
         let core = self.cores[shard];
         let spin = Duration::from_micros(self.config.spin_us);
         let thread = std::thread::Builder::new()
-            .name(format!("stoq-shard-{shard}"))
+            .name(format!("{}{shard}", placement::THREAD_NAME_PREFIX))
             .spawn(move || {
                 if let Some(core) = core
                     && !core_affinity::set_for_current(core)

@@ -12,6 +12,7 @@ pub mod engine;
 pub mod error;
 mod handles;
 pub mod metrics;
+mod placement;
 pub mod proto;
 pub mod shard;
 pub mod sim;

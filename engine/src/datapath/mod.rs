@@ -23,7 +23,6 @@ use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-
 use bytes::{BufMut, BytesMut};
 
 /// Explicit congestion notification: the two low bits of the IPv6 traffic class (RFC 3168 §5).

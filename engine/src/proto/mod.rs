@@ -467,10 +467,12 @@ impl Protocol {
     pub(crate) fn local_addresses_changed(&mut self) {
         for slot in 0..self.conns.len() {
             if let Some(conn) = &mut self.conns[slot]
-                && conn.inner.side().is_client() && !conn.inner.is_handshaking() {
-                    conn.inner.local_address_changed();
-                    self.mark_touched(slot as u32);
-                }
+                && conn.inner.side().is_client()
+                && !conn.inner.is_handshaking()
+            {
+                conn.inner.local_address_changed();
+                self.mark_touched(slot as u32);
+            }
         }
     }
 
@@ -478,18 +480,20 @@ impl Protocol {
 
     fn mark_touched(&mut self, slot: u32) {
         if let Some(conn) = &mut self.conns[slot as usize]
-            && !conn.touched {
-                conn.touched = true;
-                self.touched.push(slot);
-            }
+            && !conn.touched
+        {
+            conn.touched = true;
+            self.touched.push(slot);
+        }
     }
 
     fn queue_slot(&mut self, slot: u32) {
         if let Some(conn) = &mut self.conns[slot as usize]
-            && !conn.tx_queued {
-                conn.tx_queued = true;
-                self.tx_queue.push_back(slot);
-            }
+            && !conn.tx_queued
+        {
+            conn.tx_queued = true;
+            self.tx_queue.push_back(slot);
+        }
     }
 
     /// The next connection whose events must be handled.
@@ -524,9 +528,10 @@ impl Protocol {
     /// Notes that the handshake is over, so that its deadline no longer counts.
     pub(crate) fn handshake_over(&mut self, id: ConnId) {
         if let Some(conn) = self.conn_in_slot(id.slot).filter(|conn| conn.id == id)
-            && conn.handshake_deadline.take().is_some() {
-                self.handshaking -= 1;
-            }
+            && conn.handshake_deadline.take().is_some()
+        {
+            self.handshaking -= 1;
+        }
     }
 
     /// Notes that the application was told of the end; `false` when it was before.

@@ -242,7 +242,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 }
             }
             // Handles queue their stream work; one pass serves a whole batch of it.
-            let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner: Owner::Handles };
+            let mut cx = ShardCx {
+                proto: &mut self.proto,
+                paths: &self.datapath,
+                now,
+                owner: Owner::Handles,
+            };
             if !self.handles.pump(&mut cx) {
                 return worked;
             }
@@ -424,7 +429,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn handle_command(&mut self, now: Instant, command: Command) {
         match command {
             Command::Handles(command) => {
-                let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner: Owner::Handles };
+                let mut cx = ShardCx {
+                    proto: &mut self.proto,
+                    paths: &self.datapath,
+                    now,
+                    owner: Owner::Handles,
+                };
                 self.handles.handle_command(&mut cx, command);
             }
             Command::App(message) => {
@@ -440,7 +450,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                     config,
                     Owner::Handles,
                 );
-                let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner: Owner::Handles };
+                let mut cx = ShardCx {
+                    proto: &mut self.proto,
+                    paths: &self.datapath,
+                    now,
+                    owner: Owner::Handles,
+                };
                 self.handles.handle_connect_result(&mut cx, result, reply);
             }
             Command::Shutdown(order) => self.begin_ending(now, order),
@@ -563,7 +578,16 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 let st = c.stats();
                 let dl = c.next_deadline().map(|d| d.saturating_duration_since(now));
                 let g = c.gate(now);
-                eprintln!("park wheel {wheel:?} conn {dl:?} gate {g:?} infl {} cwnd {} pace {} txq {} touched {} qlen {qlen} cap {cap} sent {} rtt {:?}", st.inflight_bytes, st.cwnd_bytes, st.pacing_rate_bps, c.tx_queued, c.touched, st.packets_sent, st.rtt);
+                eprintln!(
+                    "park wheel {wheel:?} conn {dl:?} gate {g:?} infl {} cwnd {} pace {} txq {} touched {} qlen {qlen} cap {cap} sent {} rtt {:?}",
+                    st.inflight_bytes,
+                    st.cwnd_bytes,
+                    st.pacing_rate_bps,
+                    c.tx_queued,
+                    c.touched,
+                    st.packets_sent,
+                    st.rtt
+                );
             }
         }
         self.proto.counters.parks += 1;
