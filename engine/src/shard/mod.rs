@@ -567,29 +567,6 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     }
 
     pub(crate) fn count_park(&mut self) {
-        if std::env::var_os("DBG").is_some() {
-            let now = self.clock.now();
-            let wheel = self.proto.next_deadline().map(|d| d.saturating_duration_since(now));
-            let ids: Vec<_> = self.proto.ids().collect();
-            let qlen = self.proto.tx_queue_len();
-            let cap = self.datapath.transmit_capacity();
-            for id in ids {
-                let c = self.proto.conn_in_slot(id.slot).unwrap();
-                let st = c.stats();
-                let dl = c.next_deadline().map(|d| d.saturating_duration_since(now));
-                let g = c.gate(now);
-                eprintln!(
-                    "park wheel {wheel:?} conn {dl:?} gate {g:?} infl {} cwnd {} pace {} txq {} touched {} qlen {qlen} cap {cap} sent {} rtt {:?}",
-                    st.inflight_bytes,
-                    st.cwnd_bytes,
-                    st.pacing_rate_bps,
-                    c.tx_queued,
-                    c.touched,
-                    st.packets_sent,
-                    st.rtt
-                );
-            }
-        }
         self.proto.counters.parks += 1;
     }
 
