@@ -9,6 +9,7 @@
 //! over budget, and the shard stops reading a stream whose reader is behind, so
 //! that QUIC's flow control stops the peer.
 
+mod pool;
 mod shared;
 
 use std::collections::VecDeque;
@@ -25,8 +26,10 @@ use crate::app::{ConnId, Incoming as RawIncoming, ReadOutcome, ShardApp, ShardCx
 use crate::connection::Connection;
 use crate::engine::EngineShared;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
+use crate::pool::{CheckoutError, Lease, PoolEvent};
 use crate::stream::{RecvStream, SendStream};
 
+pub(crate) use pool::{CheckoutReply, PoolCommand};
 pub(crate) use shared::{
     ConnRef, ConnShared, HandshakeInfo, OpenReply, RecvEnd, StreamShared, encode_code,
 };
@@ -42,6 +45,8 @@ pub(crate) enum Command {
     Dirty(ConnId),
     /// What to do with a client that knocked.
     Incoming { key: usize, decision: Decision },
+    /// For the connection pool.
+    Pool(PoolCommand),
 }
 
 /// The application's answer to a client that knocked.
@@ -76,6 +81,8 @@ struct Stream {
 struct Conn {
     shared: Arc<ConnShared>,
     connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
+    /// The pool's own handle.
+    pooled: Option<Arc<ConnRef>>,
     streams: FxHashMap<StreamId, Stream>,
     opening: [VecDeque<oneshot::Sender<OpenReply>>; 2],
 }
@@ -85,6 +92,8 @@ pub(crate) struct HandleApp {
     engine: Arc<EngineShared>,
     conns: FxHashMap<ConnId, Conn>,
     incoming: Slab<RawIncoming>,
+    /// Callers that wait for a pooled connection.
+    checkouts: Slab<CheckoutReply>,
     dirty: Vec<ConnId>,
     gather: BytesMut,
 }
@@ -95,6 +104,7 @@ impl HandleApp {
             engine,
             conns: FxHashMap::default(),
             incoming: Slab::new(),
+            checkouts: Slab::new(),
             dirty: Vec::new(),
             gather: BytesMut::new(),
         }
@@ -104,6 +114,7 @@ impl HandleApp {
         match command {
             Command::Dirty(conn) => self.dirty.push(conn),
             Command::Incoming { key, decision } => self.decide(cx, key, decision),
+            Command::Pool(command) => self.handle_pool_command(cx, command),
         }
     }
 
@@ -131,7 +142,7 @@ impl HandleApp {
         reply: ConnectReply,
     ) {
         match result {
-            Ok(id) => self.register(cx, id, reply.0),
+            Ok(id) => self.insert(cx, id, Some(reply.0)),
             Err(error) => reply.fail(error),
         }
     }
@@ -141,6 +152,9 @@ impl HandleApp {
         for (_, conn) in self.conns.drain() {
             close_all(conn, reason);
         }
+        for reply in self.checkouts.drain() {
+            let _nobody_waits = reply.send(Err(CheckoutError::Connect(reason.clone())));
+        }
         self.engine.shard_ended();
     }
 
@@ -148,7 +162,7 @@ impl HandleApp {
         let Some(incoming) = self.incoming.try_remove(key) else { return };
         match decision {
             Decision::Accept(reply) => match cx.accept(incoming) {
-                Ok(id) => self.register(cx, id, reply),
+                Ok(id) => self.insert(cx, id, Some(reply)),
                 Err(error) => {
                     let _nobody_waits = reply.send(Err(error));
                 }
@@ -164,11 +178,11 @@ impl HandleApp {
         }
     }
 
-    fn register(
+    fn insert(
         &mut self,
         cx: &mut ShardCx<'_>,
         id: ConnId,
-        reply: oneshot::Sender<Result<Connection, ConnectionError>>,
+        connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
     ) {
         let mailbox = self.engine.mailbox(cx.shard());
         let config = cx.proto.config();
@@ -182,7 +196,8 @@ impl HandleApp {
         ));
         let conn = Conn {
             shared,
-            connecting: Some(reply),
+            connecting,
+            pooled: None,
             streams: FxHashMap::default(),
             opening: Default::default(),
         };
@@ -202,6 +217,7 @@ impl HandleApp {
             }
             Self::open_streams(cx, id, conn, dir);
         }
+        cx.proto.counters.handle_copied_bytes += shared.copied_bytes.swap(0, Relaxed);
         while let Some(stream) = shared.dirty_streams.pop() {
             let Some(entry) = conn.streams.get_mut(&stream) else { continue };
             entry.shared.dirty.swap(false, AcqRel);
@@ -215,6 +231,7 @@ impl HandleApp {
             cx.close(id, code, reason);
             let reason = ConnectionError::ClosedLocally;
             cx.proto.report_closed(id);
+            cx.proto.pool_closed(cx.now, id, &reason);
             if let Some(conn) = self.conns.remove(&id) {
                 close_all(conn, &reason);
             }
@@ -285,9 +302,9 @@ impl HandleApp {
             cx.set_priority(id, stream, priority);
         }
         loop {
-            let Some(chunk) = entry.pending.take().or_else(|| next_chunk(&shared, gather)) else {
-                break;
-            };
+            let copied = &mut cx.proto.counters.handle_copied_bytes;
+            let chunk = entry.pending.take().or_else(|| next_chunk(&shared, gather, copied));
+            let Some(chunk) = chunk else { break };
             let mut chunks = [chunk];
             let outcome = cx.write(id, stream, &mut chunks);
             let [rest] = chunks;
@@ -420,7 +437,11 @@ impl HandleApp {
 }
 
 /// The next chunk of a handle's queue; small ones are gathered into one.
-fn next_chunk(shared: &StreamShared, gather: &mut BytesMut) -> Option<Bytes> {
+fn next_chunk(
+    shared: &StreamShared,
+    gather: &mut BytesMut,
+    copied_bytes: &mut u64,
+) -> Option<Bytes> {
     let first = shared.send_queue.pop()?;
     if first.len() > COALESCE_CHUNK_BYTES_MAX || shared.send_queue.is_empty() {
         return Some(first);
@@ -432,6 +453,7 @@ fn next_chunk(shared: &StreamShared, gather: &mut BytesMut) -> Option<Bytes> {
         let Some(chunk) = shared.send_queue.pop() else { break };
         gather.extend_from_slice(&chunk);
     }
+    *copied_bytes += gather.len() as u64;
     Some(gather.split().freeze())
 }
 
@@ -469,6 +491,9 @@ impl ShardApp for HandleApp {
             server_name: data.and_then(|data| data.server_name),
             peer_certificates: cx.peer_certificates(id),
         });
+        if cx.early_data_accepted(id) == Some(false) {
+            Self::reject_early_streams(conn);
+        }
         Self::publish(cx, id, conn);
         if let Some(reply) = conn.connecting.take() {
             let connection = Connection::new(Arc::new(ConnRef::new(conn.shared.clone())));
@@ -548,6 +573,19 @@ impl ShardApp for HandleApp {
         if let Some(conn) = self.conns.get_mut(&id) {
             Self::serve_datagrams(cx, id, conn);
         }
+    }
+
+    fn handle_checkout(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        token: u64,
+        result: Result<Lease, CheckoutError>,
+    ) {
+        self.answer_checkout(cx, token, result);
+    }
+
+    fn handle_pool_event(&mut self, cx: &mut ShardCx<'_>, event: &PoolEvent) {
+        self.publish_pool_event(cx, event);
     }
 
     fn handle_closed(&mut self, _cx: &mut ShardCx<'_>, id: ConnId, reason: &ConnectionError) {

@@ -19,6 +19,7 @@
 //! the same over rings, sockets and the simulator.
 
 pub(crate) mod mailbox;
+mod pool;
 pub(crate) mod worker;
 
 use std::sync::Arc;
@@ -30,7 +31,7 @@ use quinn_proto::{Event, StreamEvent, VarInt};
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
-    MAILBOX_COMMANDS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -87,6 +88,10 @@ pub struct Shard<D: Datapath, C: Clock> {
     too_slow: Vec<ConnId>,
     ending: Option<Ending>,
     failed: Option<String>,
+    /// Attempts that the pools may still start in this turn.
+    pool_connects_left: usize,
+    /// Packets sent on connections.
+    tx_packets: u64,
     metrics: Arc<ShardMetrics>,
 }
 
@@ -123,6 +128,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             too_slow: Vec::new(),
             ending: None,
             failed: None,
+            pool_connects_left: 0,
+            tx_packets: 0,
             metrics,
         }
     }
@@ -130,6 +137,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// One lap: in, up, out.
     pub fn turn(&mut self) -> Turn {
         let now = self.clock.now();
+        self.pool_connects_left = POOL_CONNECTS_PER_TURN_MAX;
         let mut worked = self.receive(now);
         worked |= self.drain_mailbox(now);
         worked |= self.expire_timers(now);
@@ -145,6 +153,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn receive(&mut self, now: Instant) -> bool {
         self.datapath.receive(now, &mut self.rx);
         let mut worked = !self.rx.is_empty();
+        if worked {
+            self.metrics.rx_batch.record(self.rx.len() as u64);
+        }
         let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
         for datagram in batch.drain() {
             self.route(now, datagram);
@@ -203,6 +214,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             worked = true;
             self.handle_datagram(now, datagram);
         }
+        if let Some(wait) = self.mailbox.take_wait(now) {
+            self.metrics.mailbox_wait_ns.record_duration(wait);
+        }
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
             let Some(command) = self.mailbox.pop() else { break };
             self.proto.counters.commands += 1;
@@ -225,6 +239,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             worked = true;
             self.call(now, owner, |app, cx| app.handle_timer(cx, token));
         }
+        self.proto.expire_pools(now);
         self.advance_ending(now);
         worked
     }
@@ -248,7 +263,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 now,
                 owner: Owner::Handles,
             };
-            if !self.handles.pump(&mut cx) {
+            let pumped = self.handles.pump(&mut cx);
+            if !self.drive_pools(now) && !pumped {
                 return worked;
             }
             worked = true;
@@ -258,10 +274,13 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn dispatch(&mut self, now: Instant, conn: ConnId, owner: Owner, event: AppEvent) {
         let event = match event {
             AppEvent::Quic(event) => event,
-            AppEvent::Drained { reported } => {
+            AppEvent::Drained { reported, pool_entry } => {
                 self.proto.counters.closed += 1;
+                let reason = ConnectionError::ClosedLocally;
+                if let Some(entry) = pool_entry {
+                    self.proto.pool(owner).handle_closed(now, entry, &reason);
+                }
                 if !reported {
-                    let reason = ConnectionError::ClosedLocally;
                     self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
                 }
                 return;
@@ -271,14 +290,13 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             Event::HandshakeDataReady => {}
             Event::Connected => {
                 self.proto.handshake_over(conn);
+                self.proto.note_connected(conn);
+                self.proto.pool_connected(now, conn);
                 self.call(now, owner, |app, cx| app.handle_connected(cx, conn));
             }
             Event::ConnectionLost { reason } => {
                 self.proto.handshake_over(conn);
-                if self.proto.report_closed(conn) {
-                    let reason = reason.into();
-                    self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
-                }
+                self.tell_closed(now, conn, owner, &reason.into());
             }
             Event::Stream(event) => self.call(now, owner, |app, cx| match event {
                 StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
@@ -296,6 +314,17 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             Event::DatagramsUnblocked => {
                 self.call(now, owner, |app, cx| app.handle_datagrams_unblocked(cx, conn));
             }
+        }
+    }
+
+    /// Tells owner and pool of a connection's end, once.
+    fn tell_closed(&mut self, now: Instant, conn: ConnId, owner: Owner, reason: &ConnectionError) {
+        if self.proto.report_closed(conn) {
+            if let Some(conn) = self.proto.conn(conn) {
+                tracing::debug!(parent: &conn.span, %reason, "closed");
+            }
+            self.proto.pool_closed(now, conn, reason);
+            self.call(now, owner, |app, cx| app.handle_closed(cx, conn, reason));
         }
     }
 
@@ -323,6 +352,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Gate and pacer → poll_transmit → scratch → TX memory, fairly over the connections.
     fn transmit(&mut self, now: Instant) -> bool {
         let mut worked = self.transmit_responses();
+        let before = self.tx_packets;
         for _ in 0..self.proto.tx_queue_len() {
             if self.datapath.transmit_capacity() == 0 {
                 self.proto.counters.tx_ring_full += 1;
@@ -336,6 +366,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             } else {
                 self.proto.file_deadline(slot);
             }
+        }
+        if self.tx_packets != before {
+            self.metrics.tx_batch.record(self.tx_packets - before);
         }
         worked
     }
@@ -363,6 +396,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
             let Some(transmit) = polled else { return (sent, false) };
             sent = true;
+            self.tx_packets += 1;
             if let Some(conn) = self.proto.conn_in_slot(slot) {
                 conn.on_transmit(now, transmit.size as u64);
             }
@@ -409,7 +443,11 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             counters.turns_idle += 1;
         }
         self.proto.counters.connections = self.proto.live_connections() as u64;
+        self.proto.counters.tx_queue_connections = self.proto.tx_queue_len() as u64;
         self.metrics.publish(&self.proto.counters, &self.datapath.counters());
+        if worked {
+            self.proto.publish_pools();
+        }
         let ending_deadline = self
             .ending
             .as_ref()
@@ -420,7 +458,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         };
         Turn {
             worked,
-            more: self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0,
+            more: (self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0)
+                || self.proto.pools_have_connects(),
             deadline,
             ended: self.has_ended(now),
         }
@@ -494,16 +533,15 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         conn.inner.close(now, VarInt::from_u32(0), Bytes::from_static(b"handshake timeout"));
         self.proto.counters.handshakes_timed_out += 1;
         self.proto.handshake_over(id);
-        if self.proto.report_closed(id) {
-            let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
-            self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
-        }
+        let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
+        self.tell_closed(now, id, owner, &reason);
     }
 
     // --- the end ------------------------------------------------------------------------
 
     fn begin_ending(&mut self, now: Instant, order: ShutdownOrder) {
         self.proto.stop_accepting();
+        self.proto.stop_pools();
         let close_at = now + order.grace;
         // A second order may only hurry.
         if let Some(ending) = &mut self.ending {
@@ -531,10 +569,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 connection.close(now, code, reason.clone());
             }
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
-            if self.proto.report_closed(id) {
-                let reason = ConnectionError::EngineStopped;
-                self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
-            }
+            self.tell_closed(now, id, owner, &ConnectionError::EngineStopped);
         }
     }
 
@@ -577,9 +612,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let ids: Vec<ConnId> = self.proto.ids().collect();
         for id in ids {
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
-            if self.proto.report_closed(id) {
-                self.call(now, owner, |app, cx| app.handle_closed(cx, id, reason));
-            }
+            self.tell_closed(now, id, owner, reason);
         }
         while let Some(command) = self.mailbox.pop() {
             if let Command::Connect { reply, .. } = command {
