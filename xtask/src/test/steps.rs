@@ -275,7 +275,7 @@ fn loom(context: &mut Context, log: &Path) -> Result<Outcome> {
     let mut command = context.workspace.cargo();
     // The flag reaches every crate, so it needs a target directory of its own.
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    command.env("RUSTFLAGS", format!("{flags} --cfg loom").trim());
+    command.env("RUSTFLAGS", format!("{flags} --cfg stoq_loom").trim());
     command.env("CARGO_TARGET_DIR", context.workspace.target.join("loom"));
     command.args(["test", "--package", "stoq", "--lib", "--profile", PROFILE, "loom_"]);
     Ok(Outcome::Ran(run_libtest(&mut command, log, BUILD_LIMIT)?))
