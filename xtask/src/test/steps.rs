@@ -239,7 +239,9 @@ fn unit(context: &mut Context, log: &Path) -> Result<Outcome> {
 
 fn privileged(context: &mut Context, log: &Path) -> Result<Outcome> {
     // One at a time: they compete for cores, and some measure.
-    context.run_executables(log, &["--test-threads=1"], Executable::is_privileged)
+    context.run_executables(log, &["--test-threads=1"], |executable| {
+        executable.is_privileged() && !OWN_STEP.contains(&executable.package.as_str())
+    })
 }
 
 fn ebpf_fixtures(context: &mut Context, log: &Path) -> Result<Outcome> {
