@@ -2,3 +2,5 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod netns;
+pub mod seccomp;
+pub mod transfer;
