@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::netns::{Netns, veth_with_queues, wait_until};
 use common::seccomp::forbid_io_uring;
+use common::sysfs::mount_own_sysfs;
 use common::transfer::{Transfer, Watchdog, assert_interface_clean, start_client, start_server};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use stoq::app::{ShardApp, ShardCx};
@@ -128,12 +129,12 @@ over_all_datapaths!(
 mod faults {
     use super::*;
 
-    pub fn server_link_down_for_3_s(datapath: DatapathChoice) {
+    pub(super) fn server_link_down_for_3_s(datapath: DatapathChoice) {
         let link = Link::new("server link down", 1500, 1);
         link_down_for_3_s(&link, &link.right, datapath);
     }
 
-    pub fn client_link_down_for_3_s(datapath: DatapathChoice) {
+    pub(super) fn client_link_down_for_3_s(datapath: DatapathChoice) {
         let link = Link::new("client link down", 1500, 1);
         link_down_for_3_s(&link, &link.left, datapath);
     }
@@ -152,7 +153,7 @@ mod faults {
     }
 
     /// Sockets outlive the interface. AF_XDP's rings are gone with it, and the error says so.
-    pub fn interface_deleted_and_recreated(datapath: DatapathChoice) {
+    pub(super) fn interface_deleted_and_recreated(datapath: DatapathChoice) {
         let link = Link::new("interface deleted", 1500, 1);
         let transfer = link.transfer(datapath);
         link.left.ip(&format!("link del {DEVICE}"));
@@ -172,7 +173,7 @@ mod faults {
         link.assert_clean();
     }
 
-    pub fn mtu_lowered_from_9000_to_1500(datapath: DatapathChoice) {
+    pub(super) fn mtu_lowered_from_9000_to_1500(datapath: DatapathChoice) {
         let link = Link::new("MTU lowered", 9000, 1);
         let transfer = link.transfer(datapath);
         let mtu_bytes = || transfer.connection.stats().mtu_bytes;
@@ -188,12 +189,16 @@ mod faults {
 
     /// Down to one queue and back. The rings' queue 0 stays, the others' packets
     /// come by the kernel's socket.
-    pub fn queue_count_changed(datapath: DatapathChoice) {
+    pub(super) fn queue_count_changed(datapath: DatapathChoice) {
         let link = Link::new("queue count changed", 1500, 4);
         let transfer = link.transfer(datapath);
-        for queues in [1, 4, 2] {
-            for (netns, _) in link.sides() {
-                netns.exec(&format!("ethtool -L {DEVICE} rx {queues} tx {queues}"));
+        // A veth with an XDP program must have at least as many receive queues as
+        // its peer has transmit queues, at every moment.
+        for (first, second) in [("tx 1", "rx 1"), ("rx 4", "tx 4"), ("tx 2", "rx 2")] {
+            for change in [first, second] {
+                for (netns, _) in link.sides() {
+                    netns.exec(&format!("ethtool -L {DEVICE} {change}"));
+                }
             }
             transfer.advance(SOME, RECOVERY);
         }
@@ -202,7 +207,7 @@ mod faults {
     }
 
     /// The client's shard stands still while a flood arrives at its port.
-    pub fn receive_buffer_overrun(datapath: DatapathChoice) {
+    pub(super) fn receive_buffer_overrun(datapath: DatapathChoice) {
         let link = Link::new("receive buffer overrun", 1500, 1);
         let server = link
             .right
@@ -244,10 +249,15 @@ impl ShardApp for Stall {
 }
 
 /// Both ends under a restriction of their threads: what they chose and why, and that it works.
-fn restricted(what: &'static str, datapath: DatapathChoice, restrict: impl Fn() + Sync) -> Vec<String> {
+fn restricted(
+    what: &'static str,
+    datapath: DatapathChoice,
+    restrict: impl Fn() + Sync,
+) -> Vec<String> {
     let link = Link::new(what, 1500, 1);
     let start = |netns: &Netns, address, start: &(dyn Fn(Builder) -> Engine + Sync)| {
         netns.run(|| {
+            mount_own_sysfs();
             restrict();
             start(Engine::builder().config(config(datapath, address)))
         })

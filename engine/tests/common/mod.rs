@@ -3,4 +3,5 @@
 
 pub mod netns;
 pub mod seccomp;
+pub mod sysfs;
 pub mod transfer;

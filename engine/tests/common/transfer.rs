@@ -206,9 +206,7 @@ async fn download(connection: &Connection, received: &AtomicU64) -> Outcome {
     send.write_all(b"go").await.map_err(|error| error.to_string())?;
     send.finish().map_err(|error| error.to_string())?;
     let mut offset = 0;
-    while let Some(mut chunk) =
-        recv.read_chunk(1 << 20).await.map_err(|error| error.to_string())?
-    {
+    while let Some(mut chunk) = recv.read_chunk(1 << 20).await.map_err(|error| error.to_string())? {
         while !chunk.is_empty() {
             let expected = pattern(offset, chunk.len());
             let part = chunk.split_to(expected.len());
