@@ -22,7 +22,7 @@ pub(crate) fn run<D: Datapath, C: Clock>(mut shard: Shard<D, C>, spin: Duration)
         }
         if let Some(failure) = shard.failure() {
             tracing::error!(failure, "shard stops: its datapath failed");
-            break ConnectionError::EngineStopped;
+            break ConnectionError::DatapathFailed(failure.to_owned());
         }
         if turn.worked || turn.more {
             idle_since = None;
@@ -44,7 +44,9 @@ pub(crate) fn run<D: Datapath, C: Clock>(mut shard: Shard<D, C>, spin: Duration)
         }
         if let Err(error) = park(&mut shard, left) {
             tracing::error!(%error, "shard stops: it cannot wait for its descriptors");
-            break ConnectionError::EngineStopped;
+            break ConnectionError::DatapathFailed(format!(
+                "waiting for its descriptors: {error}; start the engine again"
+            ));
         }
         idle_since = None;
         idle_turns = 0;
