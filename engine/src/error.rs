@@ -48,6 +48,9 @@ pub enum ConnectionError {
     /// The engine shut down or its shard stopped.
     #[error("the engine was shut down")]
     EngineStopped,
+    /// The application on the shard panicked in a call about this connection.
+    #[error("the application on the shard panicked; the connection was closed")]
+    AppPanicked,
     /// The attempt could not start.
     #[error(transparent)]
     NotStarted(#[from] ConnectError),
