@@ -633,13 +633,7 @@ impl ShardApp for HandleApp {
         }
     }
 
-    fn handle_stopped(
-        &mut self,
-        cx: &mut ShardCx<'_>,
-        id: ConnId,
-        stream: StreamId,
-        code: VarInt,
-    ) {
+    fn handle_stopped(&mut self, cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId, code: VarInt) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         if let Some(entry) = conn.streams.get_mut(&stream).filter(|entry| !entry.send_over) {
             Self::stop_send(cx, id, stream, entry, code);

@@ -211,7 +211,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             let Some(notice) = self.mailbox.pop_notice() else { break };
             self.proto.counters.commands += 1;
             worked = true;
-            self.handles.handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), notice);
+            self.handles
+                .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), notice);
         }
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
             let Some(command) = self.mailbox.pop() else { break };
@@ -638,11 +639,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 }
 
 /// What the handles may do now. A function of the parts, so that the handles themselves stay free.
-fn handle_cx<'a>(
-    proto: &'a mut Protocol,
-    paths: &'a dyn Datapath,
-    now: Instant,
-) -> ShardCx<'a> {
+fn handle_cx<'a>(proto: &'a mut Protocol, paths: &'a dyn Datapath, now: Instant) -> ShardCx<'a> {
     ShardCx { proto, paths, now, owner: Owner::Handles }
 }
 

@@ -27,7 +27,10 @@ pub(crate) fn run<D: Datapath, C: Clock>(mut shard: Shard<D, C>, spin: Duration)
     }
 }
 
-fn run_until_end<D: Datapath, C: Clock>(shard: &mut Shard<D, C>, spin: Duration) -> ConnectionError {
+fn run_until_end<D: Datapath, C: Clock>(
+    shard: &mut Shard<D, C>,
+    spin: Duration,
+) -> ConnectionError {
     let mut idle_since: Option<Instant> = None;
     let mut idle_turns = 0u32;
     loop {
