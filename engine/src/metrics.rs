@@ -124,6 +124,12 @@ counters! {
     tx_owed_acks,
     /// Commands from handles.
     commands,
+    /// Streams that async handles hold now.
+    streams,
+    /// Connection attempts whose handle was dropped before the handshake ended.
+    attempts_abandoned,
+    /// Calls into the shard's application that panicked.
+    app_panics,
     /// Packets that wait for room or for their turn to be sent, now: connections with more to send.
     tx_queue_connections,
     /// Bytes that the handles' small writes were copied to become larger ones.

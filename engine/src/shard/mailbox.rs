@@ -19,12 +19,10 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::HANDOFF_DATAGRAMS_MAX;
 use crate::datapath::RxDatagram;
-use crate::handles::Command as HandleCommand;
+use crate::handles::{Command as HandleCommand, PoolCommand};
 
 /// What another thread asks of a shard.
 pub(crate) enum Command {
-    /// For the async handles.
-    Handles(HandleCommand),
     /// For the application on the shard.
     App(Box<dyn Any + Send>),
     /// Start a connection for a handle.
@@ -34,6 +32,8 @@ pub(crate) enum Command {
         config: Option<quinn_proto::ClientConfig>,
         reply: crate::handles::ConnectReply,
     },
+    /// For the pool of the async handles.
+    Pool(PoolCommand),
     /// Stop: close everything with this code and reason by the deadline.
     Shutdown(ShutdownOrder),
 }
@@ -131,8 +131,14 @@ impl Mailbox {
 
     /// Pushes a notice that must not fail; the caller keeps at most one per handle in the queue.
     pub(crate) fn notify(&self, notice: HandleCommand) {
-        if !self.inner.stopped.load(Ordering::SeqCst) {
+        // Counted as in `push`: a notice may carry a reply, which the last drain must drop.
+        self.inner.pushing.fetch_add(1, Ordering::SeqCst);
+        let taken = !self.inner.stopped.load(Ordering::SeqCst);
+        if taken {
             self.inner.notices.push(notice);
+        }
+        self.inner.pushing.fetch_sub(1, Ordering::SeqCst);
+        if taken {
             self.note_waiting();
             self.wake();
         }
@@ -181,10 +187,11 @@ impl Mailbox {
     }
 
     pub(crate) fn pop(&self) -> Option<Command> {
-        if let Some(notice) = self.inner.notices.pop() {
-            return Some(Command::Handles(notice));
-        }
         self.inner.commands.pop()
+    }
+
+    pub(crate) fn pop_notice(&self) -> Option<HandleCommand> {
+        self.inner.notices.pop()
     }
 
     pub(crate) fn pop_datagram(&self) -> Option<RxDatagram> {

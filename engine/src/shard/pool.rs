@@ -56,14 +56,15 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn perform(&mut self, now: Instant, owner: Owner, action: PoolAction) {
         match action {
             PoolAction::Ready { token, lease } => {
-                self.call(now, owner, |app, cx| app.handle_checkout(cx, token, Ok(lease)));
+                let conn = Some(lease.conn());
+                self.call(now, owner, conn, |app, cx| app.handle_checkout(cx, token, Ok(lease)));
             }
             PoolAction::Failed { token, error } => {
-                self.call(now, owner, |app, cx| app.handle_checkout(cx, token, Err(error)));
+                self.call(now, owner, None, |app, cx| app.handle_checkout(cx, token, Err(error)));
             }
             PoolAction::Event(event) => {
                 tracing::debug!(peer = %event.peer, shard = event.shard, kind = ?event.kind, "pool");
-                self.call(now, owner, |app, cx| app.handle_pool_event(cx, &event));
+                self.call(now, owner, None, |app, cx| app.handle_pool_event(cx, &event));
             }
             PoolAction::Close { conn } => match owner {
                 // Callers that still hold the connection go on; it closes with the last of them.

@@ -27,20 +27,20 @@
 //! * the producer loads the consumer index with **acquire**: its writes do not
 //!   move ahead of that.
 //!
-//! With `--cfg loom` the atomics and cells are loom's and the tests named
+//! With `--cfg stoq_loom` the atomics and cells are loom's and the tests named
 //! `loom_*` try every interleaving.
 
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-#[cfg(loom)]
+#[cfg(stoq_loom)]
 use loom::cell::UnsafeCell;
-#[cfg(loom)]
+#[cfg(stoq_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering, fence};
-#[cfg(not(loom))]
+#[cfg(not(stoq_loom))]
 use std::cell::UnsafeCell;
-#[cfg(not(loom))]
+#[cfg(not(stoq_loom))]
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use super::mmap::Mmap;
@@ -56,10 +56,10 @@ impl<T: Copy> Slot<T> {
     /// # Safety
     /// The entry must be published and not yet released.
     unsafe fn read(&self) -> T {
-        #[cfg(not(loom))]
+        #[cfg(not(stoq_loom))]
         // SAFETY: the producer does not write a published entry.
         let value = unsafe { *self.0.get() };
-        #[cfg(loom)]
+        #[cfg(stoq_loom)]
         // SAFETY: as above; loom checks it.
         let value = self.0.with(|entry| unsafe { *entry });
         value
@@ -68,12 +68,12 @@ impl<T: Copy> Slot<T> {
     /// # Safety
     /// The entry must be free: released, and not yet published again.
     unsafe fn write(&self, value: T) {
-        #[cfg(not(loom))]
+        #[cfg(not(stoq_loom))]
         // SAFETY: the consumer does not read a free entry.
         unsafe {
             *self.0.get() = value;
         }
-        #[cfg(loom)]
+        #[cfg(stoq_loom)]
         // SAFETY: as above; loom checks it.
         self.0.with_mut(|entry| unsafe { *entry = value });
     }
@@ -82,15 +82,15 @@ impl<T: Copy> Slot<T> {
 /// What keeps a ring's memory alive. The pointers of [`Shared`] point into it.
 enum Backing<T> {
     Kernel(#[expect(dead_code, reason = "held for its Drop")] Mmap),
-    #[cfg(any(test, loom))]
+    #[cfg(any(test, stoq_loom))]
     Memory(Box<MemoryRing<T>>),
-    #[cfg(not(any(test, loom)))]
+    #[cfg(not(any(test, stoq_loom)))]
     #[expect(dead_code, reason = "names T where there is no ring in memory")]
     Never(std::convert::Infallible, std::marker::PhantomData<T>),
 }
 
 /// A ring in plain memory, for tests in which both ends are ours.
-#[cfg(any(test, loom))]
+#[cfg(any(test, stoq_loom))]
 struct MemoryRing<T> {
     producer: AtomicU32,
     consumer: AtomicU32,
@@ -165,7 +165,7 @@ impl RingOffsets {
 }
 
 fn shared_with_kernel<T>(map: Mmap, offsets: &RingOffsets, size: u32) -> Shared<T> {
-    if cfg!(loom) {
+    if cfg!(stoq_loom) {
         unreachable!("loom models rings in memory only: its atomics are not plain integers");
     }
     assert!(size.is_power_of_two(), "a ring of {size} entries: not a power of two");
@@ -188,7 +188,7 @@ fn shared_with_kernel<T>(map: Mmap, offsets: &RingOffsets, size: u32) -> Shared<
 }
 
 /// Both ends of a ring in plain memory whose indices start at `start`.
-#[cfg(any(test, loom))]
+#[cfg(any(test, stoq_loom))]
 pub(crate) fn ring_in_memory<T: Copy + Default>(
     size: u32,
     start: u32,
@@ -386,7 +386,7 @@ impl<T> fmt::Debug for Consumer<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(stoq_loom)))]
 mod tests {
     use super::*;
 
@@ -501,7 +501,7 @@ mod tests {
     }
 }
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, stoq_loom))]
 mod loom_tests {
     use super::*;
 

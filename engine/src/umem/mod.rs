@@ -194,6 +194,7 @@ impl Umem {
     ///
     /// # Panics
     /// If a token was dropped, or the books do not add up.
+    #[cfg(any(test, debug_assertions))]
     pub(crate) fn assert_conserved(&self, held: u32) {
         let census = self.census();
         let sum = census.free + census.held + census.fill + census.tx;

@@ -20,13 +20,16 @@ impl Tally {
     /// One case that was left out.
     pub(crate) const SKIPPED: Self = Self { passed: 0, failed: 0, skipped: 1 };
 
-    /// Sums the `test result:` lines of libtest in `output`. When the process
+    /// Sums the `test result:` lines of libtest in `output`, and the plain closing
+    /// lines `N passed, M failed` of runners of their own. When the process
     /// failed without a line that says so (a crash, an abort), that is one failure.
     pub(crate) fn of_libtest(output: &str, success: bool) -> Self {
         let mut tally = Self::default();
         for line in output.lines() {
             if let Some(result) = line.strip_prefix("test result: ") {
                 tally.add(Self::parse(result));
+            } else if let Some(plain) = Self::parse_plain(line) {
+                tally.add(plain);
             }
         }
         if !success && tally.failed == 0 {
@@ -45,6 +48,15 @@ impl Tally {
                 .unwrap_or(0)
         };
         Self { passed: count("passed"), failed: count("failed"), skipped: count("ignored") }
+    }
+
+    /// Reads a line that is `3 passed, 0 failed` or `3 passed, 0 failed, 1 skipped` and nothing else.
+    fn parse_plain(line: &str) -> Option<Self> {
+        let mut parts = line.split(", ");
+        let mut count = |word: &str| parts.next()?.strip_suffix(word)?.parse().ok();
+        let (passed, failed) = (count(" passed")?, count(" failed")?);
+        let skipped = count(" skipped").unwrap_or(0);
+        Some(Self { passed, failed, skipped })
     }
 
     /// Adds another tally.
@@ -74,9 +86,11 @@ mod tests {
         let output = "running 3 tests\n\
             test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.00s\n\
             noise: test result: ok. 99 passed\n\
+            270 passed, 1 failed\n\
+            nearly 7 passed, 0 failed\n\
             test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.5s\n";
         let tally = Tally::of_libtest(output, false);
-        assert_eq!(tally, Tally { passed: 14, failed: 3, skipped: 1 });
+        assert_eq!(tally, Tally { passed: 284, failed: 4, skipped: 1 });
     }
 
     #[test]

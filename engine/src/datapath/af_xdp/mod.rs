@@ -7,7 +7,7 @@
 //!  slow path: kernel UDP socket → RxBatch     neighbours: netlink → next hop
 //! ```
 //! * [`open_interface`] opens one [`AfXdp`] per queue; all share one attached
-//!   [`XdpProgram`](program::XdpProgram), which leaves the interface with the last of them.
+//!   [`XdpProgram`], which leaves the interface with the last of them.
 //! * `rings` says who owns which frame when; `receive` and `transmit` move
 //!   packets; `socket` binds; `slow_path` holds the port.
 //! * Nothing on the packet path allocates, locks or logs; the exceptions are

@@ -52,6 +52,7 @@ impl Receiver {
     }
 
     /// Fragments held of a packet that is not complete yet.
+    #[cfg(any(test, debug_assertions))]
     pub(super) fn held_fragments(&self) -> u32 {
         self.fragments.len() as u32
     }
@@ -187,7 +188,7 @@ fn cut(parts: &mut [&[u8]], start: usize, len: usize) {
     debug_assert_eq!(take, 0, "the headers were checked against the packet's length");
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(stoq_loom)))]
 mod tests {
     use super::*;
     use crate::datapath::af_xdp::rings::kernel_end::{KernelEnd, rings};

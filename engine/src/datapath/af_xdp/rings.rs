@@ -153,7 +153,7 @@ impl Rings {
 }
 
 /// The kernel's ends of the four rings, in memory: what the tests use for a device.
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(stoq_loom)))]
 pub(super) mod kernel_end {
     use super::*;
     use crate::sys::cursor::ring_in_memory;
@@ -218,7 +218,7 @@ pub(super) mod kernel_end {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(stoq_loom)))]
 mod tests {
     use super::kernel_end::rings;
     use super::*;

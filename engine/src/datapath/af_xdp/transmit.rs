@@ -312,7 +312,7 @@ impl Transmitter {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(stoq_loom)))]
 mod tests {
     use super::*;
     use crate::datapath::Ecn;
