@@ -201,7 +201,8 @@ fn a_dropped_caller_gives_its_connection_back() {
             panic!("no handshake is that fast")
         };
     }
-    until("the handshake went on for the pool", || {
+    let _there = wait(both.server.accept()).expect("the handshake goes on for the pool");
+    until("the connection is idle in the pool", || {
         let pool = both.client.stats().pool;
         (pool.idle, pool.leases, pool.waiters) == (1, 0, 0)
     });
@@ -306,6 +307,7 @@ fn a_warm_up_is_there_before_it_is_asked_for() {
     let pool = "shards = 2\n[pool]\nconnections_per_peer_max = 4\n";
     let both = Both::new("warm", "shards = 2", pool);
     wait(both.client.warm_up(&both.endpoint, 4)).expect("within the limits");
+    let _there: Vec<_> = (0..4).map(|_| wait(both.server.accept()).expect("accepted")).collect();
     until("four connections", || both.client.stats().pool.idle == 4);
     let shares: Vec<u64> =
         both.client.stats().shards.iter().map(|shard| shard.pool.connections).collect();
