@@ -42,6 +42,9 @@ pub enum ConnectionError {
         /// The limit that was exceeded, ms.
         timeout_ms: u64,
     },
+    /// The server refused the early data of this stream; the connection itself stands.
+    #[error("the server refused early data; send it again on a new stream")]
+    EarlyDataRejected,
     /// Our own application closed the connection.
     #[error("closed by this application")]
     ClosedLocally,
@@ -144,6 +147,9 @@ pub enum ReadError {
     /// The stream was stopped before.
     #[error("the stream was stopped before")]
     ClosedStream,
+    /// The server refused the early data that this stream carried; send it again.
+    #[error("the server refused early data")]
+    ZeroRttRejected,
     /// The connection is gone.
     #[error("connection lost: {0}")]
     ConnectionLost(#[from] ConnectionError),

@@ -13,11 +13,13 @@ pub mod error;
 mod handles;
 pub mod metrics;
 mod placement;
+pub mod pool;
 pub mod proto;
 pub mod shard;
 pub mod sim;
 pub mod stream;
 mod sys;
+pub mod transport;
 mod umem;
 pub mod wire;
 

@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -106,6 +106,13 @@ impl SendStream {
         self.conn.shared.notify_stream(self.id, &self.shared);
     }
 
+    /// Whether the peer has acknowledged all data and the finish. Stays true when the connection
+    /// is lost afterwards; while false, nobody on this side knows how much arrived.
+    #[must_use]
+    pub fn is_acknowledged(&self) -> bool {
+        self.shared.acknowledged.load(Acquire)
+    }
+
     /// Waits for the stream's end: `None` when the peer has acknowledged all data and the
     /// finish (or this side reset the stream before), or the code with which it asked to stop.
     /// Cancel-safe.
@@ -120,6 +127,9 @@ impl SendStream {
             }
             if self.shared.acknowledged.load(Acquire) || self.shared.reset_request().is_some() {
                 return Ok(None);
+            }
+            if self.shared.is_early_rejected() {
+                return Err(ConnectionError::EarlyDataRejected);
             }
             if let Some(reason) = self.conn.shared.closed() {
                 return Err(reason);
@@ -136,6 +146,9 @@ impl SendStream {
     fn check_open(&self) -> Result<(), WriteError> {
         if let Some(code) = self.shared.stopped_code() {
             return Err(WriteError::Stopped(code));
+        }
+        if self.shared.is_early_rejected() {
+            return Err(WriteError::ZeroRttRejected);
         }
         if let Some(reason) = self.conn.shared.closed() {
             return Err(WriteError::ConnectionLost(reason));
@@ -163,6 +176,7 @@ impl SendStream {
         let queued = self.shared.send_queued_bytes.load(Acquire);
         let room = self.conn.shared.send_queue_bytes.saturating_sub(queued).max(1);
         let taken = data.len().min(room);
+        self.conn.shared.copied_bytes.fetch_add(taken as u64, Relaxed);
         self.push(Bytes::copy_from_slice(&data[..taken]));
         Poll::Ready(Ok(taken))
     }
@@ -306,6 +320,7 @@ impl RecvStream {
                     return Poll::Ready(Err(ReadError::Reset(code)));
                 }
                 Some(RecvEnd::Unknown) => return Poll::Ready(Err(ReadError::ClosedStream)),
+                Some(RecvEnd::Rejected) => return Poll::Ready(Err(ReadError::ZeroRttRejected)),
                 Some(RecvEnd::Lost) => {
                     let reason = self.conn.shared.closed();
                     let reason = reason.unwrap_or(ConnectionError::EngineStopped);

@@ -9,6 +9,7 @@
 //! over budget, and the shard stops reading a stream whose reader is behind, so
 //! that QUIC's flow control stops the peer.
 
+mod pool;
 mod shared;
 
 use std::collections::VecDeque;
@@ -26,9 +27,11 @@ use crate::app::{ConnId, Incoming as RawIncoming, ReadOutcome, ShardApp, ShardCx
 use crate::connection::Connection;
 use crate::engine::EngineShared;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
+use crate::pool::{CheckoutError, Lease, PoolEvent};
 use crate::shard::mailbox::Mailbox;
 use crate::stream::{RecvStream, SendStream};
 
+pub(crate) use pool::{CheckoutReply, PoolCommand};
 pub(crate) use shared::{
     ConnRef, ConnShared, HandshakeInfo, OpenedStream, RecvEnd, StreamShared, encode_code,
 };
@@ -48,6 +51,8 @@ pub(crate) enum Command {
     Abandoned(ConnId),
     /// What to do with a client that knocked.
     Incoming { key: usize, decision: Decision },
+    /// For the connection pool.
+    Pool(PoolCommand),
 }
 
 /// The application's answer to a client that knocked.
@@ -109,6 +114,8 @@ impl Stream {
 struct Conn {
     shared: Arc<ConnShared>,
     connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
+    /// The pool's own handle.
+    pooled: Option<Arc<ConnRef>>,
     streams: FxHashMap<StreamId, Stream>,
     opening: [VecDeque<oneshot::Sender<OpenedStream>>; 2],
 }
@@ -118,6 +125,8 @@ pub(crate) struct HandleApp {
     engine: Arc<EngineShared>,
     conns: FxHashMap<ConnId, Conn>,
     incoming: Slab<RawIncoming>,
+    /// Callers that wait for a pooled connection.
+    checkouts: Slab<CheckoutReply>,
     dirty: Vec<ConnId>,
     gather: BytesMut,
     streams: usize,
@@ -129,6 +138,7 @@ impl HandleApp {
             engine,
             conns: FxHashMap::default(),
             incoming: Slab::new(),
+            checkouts: Slab::new(),
             dirty: Vec::new(),
             gather: BytesMut::new(),
             streams: 0,
@@ -140,6 +150,7 @@ impl HandleApp {
             Command::Dirty(conn) => self.dirty.push(conn),
             Command::Abandoned(conn) => self.abandon_attempt(cx, conn),
             Command::Incoming { key, decision } => self.decide(cx, key, decision),
+            Command::Pool(command) => self.handle_pool_command(cx, command),
         }
     }
 
@@ -167,7 +178,7 @@ impl HandleApp {
         reply: ConnectReply,
     ) {
         match result {
-            Ok(id) => self.register(cx, id, reply.0),
+            Ok(id) => self.insert(cx, id, Some(reply.0)),
             Err(error) => reply.fail(error),
         }
     }
@@ -195,6 +206,9 @@ impl HandleApp {
             close_all(conn, reason);
         }
         self.streams = 0;
+        for reply in self.checkouts.drain() {
+            let _nobody_waits = reply.send(Err(CheckoutError::Connect(reason.clone())));
+        }
         self.engine.shard_ended();
     }
 
@@ -224,7 +238,7 @@ impl HandleApp {
             // A handle dropped before its turn came is a refusal.
             Decision::Accept(reply) if reply.is_canceled() => cx.refuse(incoming),
             Decision::Accept(reply) => match cx.accept(incoming) {
-                Ok(id) => self.register(cx, id, reply),
+                Ok(id) => self.insert(cx, id, Some(reply)),
                 Err(error) => {
                     let _nobody_waits = reply.send(Err(error));
                 }
@@ -240,15 +254,17 @@ impl HandleApp {
         }
     }
 
-    fn register(
+    fn insert(
         &mut self,
         cx: &mut ShardCx<'_>,
         id: ConnId,
-        mut reply: oneshot::Sender<Result<Connection, ConnectionError>>,
+        mut connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
     ) {
         let mailbox = self.engine.mailbox(cx.shard());
         let dropped = Waker::from(Arc::new(AttemptDropped { mailbox: mailbox.clone(), id }));
-        let canceled = reply.poll_canceled(&mut Context::from_waker(&dropped)).is_ready();
+        let canceled = connecting.as_mut().is_some_and(|reply| {
+            reply.poll_canceled(&mut Context::from_waker(&dropped)).is_ready()
+        });
         let config = cx.proto.config();
         let shared = Arc::new(ConnShared::new(
             id,
@@ -261,7 +277,8 @@ impl HandleApp {
         ));
         let conn = Conn {
             shared,
-            connecting: Some(reply),
+            connecting,
+            pooled: None,
             streams: FxHashMap::default(),
             opening: Default::default(),
         };
@@ -284,6 +301,7 @@ impl HandleApp {
             }
             Self::open_streams(cx, id, conn, dir, &mut self.streams);
         }
+        cx.proto.counters.handle_copied_bytes += shared.copied_bytes.swap(0, Relaxed);
         while let Some(stream) = shared.dirty_streams.pop() {
             let Some(entry) = conn.streams.get_mut(&stream) else { continue };
             entry.shared.dirty.swap(false, AcqRel);
@@ -296,6 +314,7 @@ impl HandleApp {
         if let Some((code, reason)) = shared.close_request() {
             cx.close(id, code, reason);
             cx.proto.report_closed(id);
+            cx.proto.pool_closed(cx.now, id, &ConnectionError::ClosedLocally);
             return self.forget(id, &ConnectionError::ClosedLocally);
         }
         if shared.update_keys.swap(false, Relaxed) {
@@ -375,9 +394,9 @@ impl HandleApp {
             cx.set_priority(id, stream, priority);
         }
         loop {
-            let Some(chunk) = entry.pending.take().or_else(|| next_chunk(&shared, gather)) else {
-                break;
-            };
+            let copied = &mut cx.proto.counters.handle_copied_bytes;
+            let chunk = entry.pending.take().or_else(|| next_chunk(&shared, gather, copied));
+            let Some(chunk) = chunk else { break };
             let mut chunks = [chunk];
             let outcome = cx.write(id, stream, &mut chunks);
             let [rest] = chunks;
@@ -523,7 +542,11 @@ impl HandleApp {
 }
 
 /// The next chunk of a handle's queue; small ones are gathered into one.
-fn next_chunk(shared: &StreamShared, gather: &mut BytesMut) -> Option<Bytes> {
+fn next_chunk(
+    shared: &StreamShared,
+    gather: &mut BytesMut,
+    copied_bytes: &mut u64,
+) -> Option<Bytes> {
     let first = shared.send_queue.pop()?;
     if first.len() > COALESCE_CHUNK_BYTES_MAX || shared.send_queue.is_empty() {
         return Some(first);
@@ -535,6 +558,7 @@ fn next_chunk(shared: &StreamShared, gather: &mut BytesMut) -> Option<Bytes> {
         let Some(chunk) = shared.send_queue.pop() else { break };
         gather.extend_from_slice(&chunk);
     }
+    *copied_bytes += gather.len() as u64;
     Some(gather.split().freeze())
 }
 
@@ -584,6 +608,9 @@ impl ShardApp for HandleApp {
             server_name: data.and_then(|data| data.server_name),
             peer_certificates: cx.peer_certificates(id),
         });
+        if cx.early_data_accepted(id) == Some(false) {
+            Self::reject_early_streams(conn);
+        }
         Self::publish(cx, id, conn);
         if let Some(reply) = conn.connecting.take() {
             let connection = Connection::new(Arc::new(ConnRef::new(conn.shared.clone())));
@@ -659,6 +686,19 @@ impl ShardApp for HandleApp {
         if let Some(conn) = self.conns.get_mut(&id) {
             Self::serve_datagrams(cx, id, conn);
         }
+    }
+
+    fn handle_checkout(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        token: u64,
+        result: Result<Lease, CheckoutError>,
+    ) {
+        self.answer_checkout(cx, token, result);
+    }
+
+    fn handle_pool_event(&mut self, cx: &mut ShardCx<'_>, event: &PoolEvent) {
+        self.publish_pool_event(cx, event);
     }
 
     fn handle_closed(&mut self, cx: &mut ShardCx<'_>, id: ConnId, reason: &ConnectionError) {

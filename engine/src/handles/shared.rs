@@ -24,7 +24,7 @@ use rustls_pki_types::CertificateDer;
 use super::Command;
 use crate::app::ConnId;
 use crate::error::ConnectionError;
-use crate::proto::ConnectionStats;
+use crate::proto::{ConnectionStats, STATS_NUMBERS};
 use crate::shard::mailbox::Mailbox;
 
 /// Received datagrams that wait for the application, per connection; the oldest go first.
@@ -80,6 +80,8 @@ pub(crate) enum RecvEnd {
     Reset(VarInt),
     Unknown,
     Lost,
+    /// It carried early data that the server refused.
+    Rejected,
 }
 
 /// What became known with the handshake.
@@ -105,6 +107,7 @@ pub(crate) struct StreamShared {
     pub(crate) acknowledged: AtomicBool,
     /// The code of the peer's STOP_SENDING, encoded.
     pub(crate) stopped: AtomicU64,
+    early_rejected: AtomicBool,
     reset_requested: AtomicU64,
     pub(crate) priority: AtomicI32,
     pub(crate) priority_set: AtomicI32,
@@ -121,6 +124,15 @@ pub(crate) struct StreamShared {
 }
 
 impl StreamShared {
+    /// The server refused the early data that the stream carried: it is void.
+    pub(crate) fn reject_early(&self) {
+        self.early_rejected.store(true, Release);
+    }
+
+    pub(crate) fn is_early_rejected(&self) -> bool {
+        self.early_rejected.load(Acquire)
+    }
+
     pub(crate) fn request_reset(&self, code: VarInt) {
         self.reset_requested.store(encode_code(code), Release);
     }
@@ -170,6 +182,8 @@ pub(crate) struct ConnShared {
     close_requested: OnceLock<(VarInt, Bytes)>,
     close_taken: AtomicBool,
     pub(crate) update_keys: AtomicBool,
+    /// Bytes that writes copied, until the shard counts them.
+    pub(crate) copied_bytes: AtomicU64,
 
     pub(crate) opening: [SegQueue<oneshot::Sender<OpenedStream>>; 2],
     accepted: [SegQueue<(StreamId, Arc<StreamShared>)>; 2],
@@ -218,6 +232,7 @@ impl ConnShared {
             close_requested: OnceLock::new(),
             close_taken: AtomicBool::new(false),
             update_keys: AtomicBool::new(false),
+            copied_bytes: AtomicU64::new(0),
             opening: Default::default(),
             accepted: Default::default(),
             accept_event: Default::default(),
@@ -433,7 +448,7 @@ impl Slot {
 pub(crate) struct StatsCell {
     /// Odd while the shard writes.
     sequence: AtomicU64,
-    cells: [AtomicU64; 18],
+    cells: [AtomicU64; STATS_NUMBERS],
     published: AtomicCell<Option<Instant>>,
 }
 
@@ -461,7 +476,7 @@ impl StatsCell {
     pub(crate) fn read(&self) -> ConnectionStats {
         loop {
             let before = self.sequence.load(Acquire);
-            let mut values = [0; 18];
+            let mut values = [0; STATS_NUMBERS];
             for (cell, value) in self.cells.iter().zip(&mut values) {
                 *value = cell.load(Relaxed);
             }

@@ -10,6 +10,8 @@ use super::Owner;
 use super::congestion::{CcState, Gated};
 use super::pacing::Pacer;
 use crate::app::ConnId;
+use crate::certs::KeyUpdates;
+use crate::pool::EntryId;
 
 /// ACK-eliciting packets after which an ACK must leave although data may not (RFC 9000 §13.2.2).
 const ACK_ELICITING_FRAMES_MAX: u64 = 2;
@@ -69,11 +71,23 @@ pub struct ConnectionStats {
     pub acks_sent: u64,
     /// ACK frames received.
     pub acks_received: u64,
+    /// What the peer acknowledged over the last round trip, bits/s.
+    pub delivery_rate_bps: u64,
+    /// The latest round-trip sample, the peer's delay included.
+    pub latest_rtt: Duration,
+    /// Congestion events that routers announced by ECN, not by losses.
+    pub ecn_events: u64,
+    /// Changes of the packet protection keys (RFC 9001 §6), by either side. Counted for TLS
+    /// configurations of [`crate::certs`] only.
+    pub key_updates: u64,
 }
+
+/// Numbers in [`ConnectionStats`].
+pub(crate) const STATS_NUMBERS: usize = 22;
 
 impl ConnectionStats {
     /// As numbers, for publication to other threads; times in nanoseconds.
-    pub(crate) fn to_array(self) -> [u64; 18] {
+    pub(crate) fn to_array(self) -> [u64; STATS_NUMBERS] {
         [
             self.rtt.as_nanos() as u64,
             self.min_rtt.as_nanos() as u64,
@@ -93,14 +107,19 @@ impl ConnectionStats {
             self.udp_rx_datagrams,
             self.acks_sent,
             self.acks_received,
+            self.delivery_rate_bps,
+            self.latest_rtt.as_nanos() as u64,
+            self.ecn_events,
+            self.key_updates,
         ]
     }
 
-    pub(crate) fn from_array(values: [u64; 18]) -> Self {
+    pub(crate) fn from_array(values: [u64; STATS_NUMBERS]) -> Self {
         let [rtt, min_rtt, cwnd_bytes, inflight_bytes, pacing_rate_bps, mtu, rest @ ..] = values;
         let [packets_sent, packets_lost, bytes_lost, congestion_events, probes, rest @ ..] = rest;
         let [black_holes, udp_tx_bytes, udp_tx_datagrams, udp_rx_bytes, rest @ ..] = rest;
-        let [udp_rx_datagrams, acks_sent, acks_received] = rest;
+        let [udp_rx_datagrams, acks_sent, acks_received, delivery_rate_bps, rest @ ..] = rest;
+        let [latest_rtt, ecn_events, key_updates] = rest;
         Self {
             rtt: Duration::from_nanos(rtt),
             min_rtt: Duration::from_nanos(min_rtt),
@@ -120,6 +139,10 @@ impl ConnectionStats {
             udp_rx_datagrams,
             acks_sent,
             acks_received,
+            delivery_rate_bps,
+            latest_rtt: Duration::from_nanos(latest_rtt),
+            ecn_events,
+            key_updates,
         }
     }
 }
@@ -134,6 +157,12 @@ pub(crate) struct Conn {
     pub(crate) closed_reported: bool,
     /// quinn-proto's endpoint has forgotten it.
     pub(crate) drained: bool,
+    /// Its place in the owner's connection pool.
+    pub(crate) pool_entry: Option<EntryId>,
+    /// Its life, for logs.
+    pub(crate) span: tracing::Span,
+    /// Counts changes of its keys, once the handshake is over.
+    pub(crate) key_updates: Option<KeyUpdates>,
     /// Something arrived since `owes_ack` last looked.
     pub(crate) rx_since_ack_check: bool,
     cc: Arc<CcState>,
@@ -154,6 +183,7 @@ impl Conn {
         owner: Owner,
         now: Instant,
         handshake_deadline: Instant,
+        span: tracing::Span,
     ) -> Self {
         Self {
             cc: Gated::state_of(&inner),
@@ -166,6 +196,9 @@ impl Conn {
             handshake_deadline: Some(handshake_deadline),
             closed_reported: false,
             drained: false,
+            pool_entry: None,
+            span,
+            key_updates: None,
             rx_since_ack_check: false,
             pacer: Pacer::new(now),
             paced_until: None,
@@ -303,6 +336,10 @@ impl Conn {
             udp_rx_datagrams: stats.udp_rx.datagrams,
             acks_sent: stats.frame_tx.acks,
             acks_received: stats.frame_rx.acks,
+            delivery_rate_bps: self.cc.delivery_rate_bytes_per_s().saturating_mul(8),
+            latest_rtt: self.cc.latest_rtt(),
+            ecn_events: self.cc.ecn_events(),
+            key_updates: self.key_updates.as_ref().map_or(0, KeyUpdates::count),
         }
     }
 }
@@ -331,4 +368,15 @@ fn ack_eliciting(frames: &FrameStats) -> u64 {
         + frames.ack_frequency
         + frames.immediate_ack
         + u64::from(frames.handshake_done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_survive_publication() {
+        let values: [u64; STATS_NUMBERS] = std::array::from_fn(|index| 1000 + index as u64);
+        assert_eq!(ConnectionStats::from_array(values).to_array(), values);
+    }
 }

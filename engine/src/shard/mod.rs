@@ -19,6 +19,7 @@
 //! the same over rings, sockets and the simulator.
 
 pub(crate) mod mailbox;
+mod pool;
 pub(crate) mod worker;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,7 +32,8 @@ use quinn_proto::{Event, StreamEvent, VarInt};
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
-    MAILBOX_COMMANDS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX,
+    RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -88,6 +90,10 @@ pub struct Shard<D: Datapath, C: Clock> {
     too_slow: Vec<ConnId>,
     ending: Option<Ending>,
     failed: Option<String>,
+    /// Attempts that the pools may still start in this turn.
+    pool_connects_left: usize,
+    /// Packets sent on connections.
+    tx_packets: u64,
     metrics: Arc<ShardMetrics>,
 }
 
@@ -126,6 +132,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             too_slow: Vec::new(),
             ending: None,
             failed: None,
+            pool_connects_left: 0,
+            tx_packets: 0,
             metrics,
         }
     }
@@ -133,6 +141,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// One lap: in, up, out.
     pub fn turn(&mut self) -> Turn {
         let now = self.clock.now();
+        self.pool_connects_left = POOL_CONNECTS_PER_TURN_MAX;
         let mut worked = self.receive(now);
         worked |= self.drain_mailbox(now);
         worked |= self.expire_timers(now);
@@ -148,6 +157,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn receive(&mut self, now: Instant) -> bool {
         self.datapath.receive(now, &mut self.rx);
         let mut worked = !self.rx.is_empty();
+        if worked {
+            self.metrics.rx_batch.record(self.rx.len() as u64);
+        }
         let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
         for datagram in batch.drain() {
             self.route(now, datagram);
@@ -206,6 +218,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             worked = true;
             self.handle_datagram(now, datagram);
         }
+        if let Some(wait) = self.mailbox.take_wait(now) {
+            self.metrics.mailbox_wait_ns.record_duration(wait);
+        }
         // Each kind has its share of the turn: busy handles cannot hold back a connect or a shutdown.
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
             let Some(notice) = self.mailbox.pop_notice() else { break };
@@ -236,6 +251,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             worked = true;
             self.call(now, owner, None, |app, cx| app.handle_timer(cx, token));
         }
+        self.proto.expire_pools(now);
         self.advance_ending(now);
         worked
     }
@@ -253,7 +269,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 }
             }
             // Handles queue their stream work; one pass serves a whole batch of it.
-            if !self.handles.pump(&mut handle_cx(&mut self.proto, &self.datapath, now)) {
+            let pumped = self.handles.pump(&mut handle_cx(&mut self.proto, &self.datapath, now));
+            if !self.drive_pools(now) && !pumped {
                 return worked;
             }
             worked = true;
@@ -263,10 +280,13 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn dispatch(&mut self, now: Instant, conn: ConnId, owner: Owner, event: AppEvent) {
         let event = match event {
             AppEvent::Quic(event) => event,
-            AppEvent::Drained { reported } => {
+            AppEvent::Drained { reported, pool_entry } => {
                 self.proto.counters.closed += 1;
+                let reason = ConnectionError::ClosedLocally;
+                if let Some(entry) = pool_entry {
+                    self.proto.pool(owner).handle_closed(now, entry, &reason);
+                }
                 if !reported {
-                    let reason = ConnectionError::ClosedLocally;
                     self.call(now, owner, None, |app, cx| app.handle_closed(cx, conn, &reason));
                 }
                 return;
@@ -276,14 +296,13 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             Event::HandshakeDataReady => {}
             Event::Connected => {
                 self.proto.handshake_over(conn);
+                self.proto.note_connected(conn);
+                self.proto.pool_connected(now, conn);
                 self.call(now, owner, Some(conn), |app, cx| app.handle_connected(cx, conn));
             }
             Event::ConnectionLost { reason } => {
                 self.proto.handshake_over(conn);
-                if self.proto.report_closed(conn) {
-                    let reason = reason.into();
-                    self.call(now, owner, None, |app, cx| app.handle_closed(cx, conn, &reason));
-                }
+                self.tell_closed(now, conn, owner, &reason.into());
             }
             Event::Stream(event) => self.call(now, owner, Some(conn), |app, cx| match event {
                 StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
@@ -303,6 +322,17 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                     app.handle_datagrams_unblocked(cx, conn);
                 });
             }
+        }
+    }
+
+    /// Tells owner and pool of a connection's end, once.
+    fn tell_closed(&mut self, now: Instant, conn: ConnId, owner: Owner, reason: &ConnectionError) {
+        if self.proto.report_closed(conn) {
+            if let Some(conn) = self.proto.conn(conn) {
+                tracing::debug!(parent: &conn.span, %reason, "closed");
+            }
+            self.proto.pool_closed(now, conn, reason);
+            self.call(now, owner, None, |app, cx| app.handle_closed(cx, conn, reason));
         }
     }
 
@@ -359,6 +389,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Gate and pacer → poll_transmit → scratch → TX memory, fairly over the connections.
     fn transmit(&mut self, now: Instant) -> bool {
         let mut worked = self.transmit_responses();
+        let before = self.tx_packets;
         for _ in 0..self.proto.tx_queue_len() {
             if self.datapath.transmit_capacity() == 0 {
                 self.proto.counters.tx_ring_full += 1;
@@ -372,6 +403,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             } else {
                 self.proto.file_deadline(slot);
             }
+        }
+        if self.tx_packets != before {
+            self.metrics.tx_batch.record(self.tx_packets - before);
         }
         worked
     }
@@ -399,6 +433,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
             let Some(transmit) = polled else { return (sent, false) };
             sent = true;
+            self.tx_packets += 1;
             if let Some(conn) = self.proto.conn_in_slot(slot) {
                 conn.on_transmit(now, transmit.size as u64);
             }
@@ -446,7 +481,11 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         }
         self.proto.counters.connections = self.proto.live_connections() as u64;
         self.proto.counters.streams = self.handles.streams() as u64;
+        self.proto.counters.tx_queue_connections = self.proto.tx_queue_len() as u64;
         self.metrics.publish(&self.proto.counters, &self.datapath.counters());
+        if worked {
+            self.proto.publish_pools();
+        }
         let ending_deadline = self
             .ending
             .as_ref()
@@ -457,7 +496,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         };
         Turn {
             worked,
-            more: self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0,
+            more: (self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0)
+                || self.proto.pools_have_connects(),
             deadline,
             ended: self.has_ended(now),
         }
@@ -465,6 +505,10 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     fn handle_command(&mut self, now: Instant, command: Command) {
         match command {
+            Command::Handles(command) => {
+                self.handles
+                    .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), command);
+            }
             Command::App(message) => {
                 self.call(now, Owner::App, None, |app, cx| app.handle_message(cx, message));
             }
@@ -521,10 +565,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         conn.inner.close(now, VarInt::from_u32(0), Bytes::from_static(b"handshake timeout"));
         self.proto.counters.handshakes_timed_out += 1;
         self.proto.handshake_over(id);
-        if self.proto.report_closed(id) {
-            let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
-            self.call(now, owner, None, |app, cx| app.handle_closed(cx, id, &reason));
-        }
+        let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
+        self.tell_closed(now, id, owner, &reason);
     }
 
     // --- the end ------------------------------------------------------------------------
@@ -532,6 +574,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn begin_ending(&mut self, now: Instant, order: ShutdownOrder) {
         self.proto.stop_accepting();
         self.handles.refuse_waiting(&mut handle_cx(&mut self.proto, &self.datapath, now));
+        self.proto.stop_pools();
         let close_at = now + order.grace;
         // A second order may only hurry.
         if let Some(ending) = &mut self.ending {
@@ -562,10 +605,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 connection.close(now, code, reason.clone());
             }
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
-            if self.proto.report_closed(id) {
-                let reason = ConnectionError::EngineStopped;
-                self.call(now, owner, None, |app, cx| app.handle_closed(cx, id, &reason));
-            }
+            self.tell_closed(now, id, owner, &ConnectionError::EngineStopped);
         }
         self.handles.note_cut_off(connections, streams);
     }
@@ -609,9 +649,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let ids: Vec<ConnId> = self.proto.ids().collect();
         for id in ids {
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
-            if self.proto.report_closed(id) {
-                self.call(now, owner, None, |app, cx| app.handle_closed(cx, id, reason));
-            }
+            self.tell_closed(now, id, owner, reason);
         }
         self.finish_abandoning(reason);
     }
