@@ -343,6 +343,12 @@ impl TransportConfig {
         Ok(())
     }
 
+    /// Bytes that may wait in all stream handles of one connection: four full streams, at most a
+    /// quarter of `receive_buffer_size`, of which it is a part.
+    pub(crate) fn handle_receive_queue_bytes(&self) -> u64 {
+        (self.stream_receive_queue_bytes as u64 * 4).min(self.receive_buffer_size / 4)
+    }
+
     /// The settings in quinn-proto's terms, for paths whose UDP payload is at most `mtu_bytes`;
     /// `seed` feeds the random waits of congestion control.
     pub(crate) fn quic(&self, mtu_bytes: u16, seed: u64) -> quinn_proto::TransportConfig {
@@ -359,7 +365,8 @@ impl TransportConfig {
         quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
             .max_concurrent_uni_streams(varint(self.max_concurrent_streams))
             .send_window(self.send_buffer_size)
-            .receive_window(varint(self.receive_buffer_size))
+            // The queues of the stream handles are part of what was promised.
+            .receive_window(varint(self.receive_buffer_size - self.handle_receive_queue_bytes()))
             .stream_receive_window(varint(self.stream_receive_buffer_size))
             .datagram_receive_buffer_size(match self.max_datagram_size {
                 0 => None,

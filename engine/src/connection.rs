@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_channel::oneshot;
 use quinn_proto::{Dir, VarInt};
 use rustls_pki_types::CertificateDer;
 
@@ -47,14 +46,9 @@ impl Connection {
 
     async fn open(&self, dir: Dir) -> Result<(SendStream, RecvStream), ConnectionError> {
         let shared = &self.inner.shared;
-        let (reply, answer) = oneshot::channel();
-        shared.opening[dir as usize].push(reply);
-        shared.notify();
-        if let Some(reason) = shared.closed() {
-            return Err(reason);
-        }
-        let gone = || shared.closed().unwrap_or(ConnectionError::EngineStopped);
-        let (id, stream) = answer.await.map_err(|_closed| gone())??;
+        let answer = shared.request_open(dir)?;
+        let gone = |_closed| shared.closed().unwrap_or(ConnectionError::EngineStopped);
+        let (id, stream) = answer.await.map_err(gone)?.claim();
         Ok(halves(&self.inner, id, stream))
     }
 

@@ -2,7 +2,8 @@
 
 use std::any::Any;
 use std::net::SocketAddrV6;
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
@@ -48,6 +49,8 @@ pub(crate) struct EngineShared {
     shards_running: AtomicUsize,
     ended: Event,
     next_shard: AtomicUsize,
+    connections_cut_off: AtomicU64,
+    streams_cut_off: AtomicU64,
 }
 
 impl EngineShared {
@@ -59,6 +62,8 @@ impl EngineShared {
             offered: Event::new(),
             ended: Event::new(),
             next_shard: AtomicUsize::new(0),
+            connections_cut_off: AtomicU64::new(0),
+            streams_cut_off: AtomicU64::new(0),
         }
     }
 
@@ -69,7 +74,14 @@ impl EngineShared {
     /// Offers a client to whoever accepts.
     pub(crate) fn offer(&self, shard: usize, key: usize, remote: SocketAddrV6, validated: bool) {
         self.offers.push(Offer { shard, key, remote, validated });
-        self.offered.notify(1);
+        // Additional: a second client wakes a second waiter, though the first one has not run yet.
+        self.offered.notify_additional(1);
+    }
+
+    /// Adds to what the shutdown cut off; published by [`shard_ended`](Self::shard_ended).
+    pub(crate) fn note_cut_off(&self, connections: u64, streams: u64) {
+        self.connections_cut_off.fetch_add(connections, Relaxed);
+        self.streams_cut_off.fetch_add(streams, Relaxed);
     }
 
     pub(crate) fn shard_ended(&self) {
@@ -428,7 +440,7 @@ impl Engine {
     /// Stops accepting, lets streams go on for `grace`, closes what is left with `code` and
     /// `reason`, and waits for the end. Connections that had to be cut off are reported.
     pub async fn shutdown(self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
-        let before = self.order_shutdown(grace, code, reason);
+        let connections_at_order = self.order_shutdown(grace, code, reason);
         loop {
             let listener = self.shared.ended.listen();
             if !self.shared.is_running() {
@@ -437,17 +449,27 @@ impl Engine {
             listener.await;
         }
         self.join();
-        before
+        self.report(connections_at_order)
     }
 
     /// As [`shutdown`](Self::shutdown), blocking this thread.
     pub fn shutdown_blocking(self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
-        let report = self.order_shutdown(grace, code, reason);
+        let connections_at_order = self.order_shutdown(grace, code, reason);
         self.join();
-        report
+        self.report(connections_at_order)
     }
 
-    fn order_shutdown(&self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
+    /// Valid once every shard has ended.
+    fn report(&self, connections_at_order: u64) -> ShutdownReport {
+        ShutdownReport {
+            connections_at_order,
+            connections_cut_off: self.shared.connections_cut_off.load(Relaxed),
+            streams_cut_off: self.shared.streams_cut_off.load(Relaxed),
+        }
+    }
+
+    /// Orders every shard to end; returns the connections that exist.
+    fn order_shutdown(&self, grace: Duration, code: VarInt, reason: &[u8]) -> u64 {
         let connections = self.stats().iter().map(|stats| stats.shard.connections).sum();
         let order = ShutdownOrder { code, reason: Bytes::copy_from_slice(reason), grace };
         for mailbox in self.shared.mailboxes.iter() {
@@ -461,7 +483,7 @@ impl Engine {
                 std::thread::yield_now();
             }
         }
-        ShutdownReport { connections_at_order: connections }
+        connections
     }
 
     fn join(&self) {
@@ -487,8 +509,13 @@ impl Drop for Engine {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ShutdownReport {
-    /// Connections that existed when the order was given.
+    /// Connections that existed when the order was given, draining ones included.
     pub connections_at_order: u64,
+    /// Connections that were still open at the deadline and were closed by the shutdown.
+    pub connections_cut_off: u64,
+    /// Streams of those connections whose sending half was not finished and acknowledged: the
+    /// peer may lack a part of their data.
+    pub streams_cut_off: u64,
 }
 
 /// A connection attempt; resolves when the handshake is complete. Dropped, it is abandoned.

@@ -52,6 +52,9 @@ pub enum ConnectionError {
     /// says what happened and what to do.
     #[error("the datapath failed: {0}")]
     DatapathFailed(String),
+    /// The application on the shard panicked in a call about this connection.
+    #[error("the application on the shard panicked; the connection was closed")]
+    AppPanicked,
     /// The attempt could not start.
     #[error(transparent)]
     NotStarted(#[from] ConnectError),

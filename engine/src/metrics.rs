@@ -93,6 +93,12 @@ counters! {
     tx_owed_acks,
     /// Commands from handles.
     commands,
+    /// Streams that async handles hold now.
+    streams,
+    /// Connection attempts whose handle was dropped before the handshake ended.
+    attempts_abandoned,
+    /// Calls into the shard's application that panicked.
+    app_panics,
 }
 
 /// What a shard publishes; shared with readers.

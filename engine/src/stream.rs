@@ -95,6 +95,7 @@ impl SendStream {
         }
         self.closed = true;
         self.shared.request_reset(code);
+        self.shared.end_event.notify(usize::MAX);
         self.conn.shared.notify_stream(self.id, &self.shared);
         Ok(())
     }
@@ -106,7 +107,8 @@ impl SendStream {
     }
 
     /// Waits for the stream's end: `None` when the peer has acknowledged all data and the
-    /// finish, or the code with which it asked to stop. Cancel-safe.
+    /// finish (or this side reset the stream before), or the code with which it asked to stop.
+    /// Cancel-safe.
     ///
     /// # Errors
     /// The connection was lost before: the peer may or may not have everything.
@@ -116,7 +118,7 @@ impl SendStream {
             if let Some(code) = self.shared.stopped_code() {
                 return Ok(Some(code));
             }
-            if self.shared.acknowledged.load(Acquire) {
+            if self.shared.acknowledged.load(Acquire) || self.shared.reset_request().is_some() {
                 return Ok(None);
             }
             if let Some(reason) = self.conn.shared.closed() {
@@ -261,6 +263,7 @@ impl RecvStream {
         self.ended = true;
         self.rest.clear();
         self.shared.request_stop(code);
+        self.conn.shared.discard_received(self.id, &self.shared);
         self.conn.shared.notify_stream(self.id, &self.shared);
         Ok(())
     }
@@ -276,12 +279,14 @@ impl RecvStream {
         bytes_max: usize,
     ) -> Poll<Result<Option<Bytes>, ReadError>> {
         for registered in [false, true] {
-            // The end is read before the queue: it is set after the last chunk was pushed.
+            // The ends are read before the queue: they are set after the last chunk was pushed,
+            // and the connection's before the stream's.
+            let closed = self.conn.shared.closed();
             let end = self.shared.recv_end();
             if self.rest.is_empty()
-                && let Some(chunk) = self.shared.recv_queue.pop()
+                && !self.ended
+                && let Some(chunk) = self.conn.shared.pop_received(self.id, &self.shared)
             {
-                self.on_taken(chunk.len());
                 self.rest = chunk;
             }
             if !self.rest.is_empty() {
@@ -308,27 +313,19 @@ impl RecvStream {
                 }
                 None => {}
             }
-            if let Some(reason) = self.conn.shared.closed()
+            // Closed for good before the queue was looked at, and the stream has no end of its own
+            // (seen twice: the shard sets the connection's end first).
+            if let Some(reason) = closed
                 && registered
             {
                 return Poll::Ready(Err(ReadError::ConnectionLost(reason)));
             }
             if !registered {
                 self.shared.recv_waker.register(cx.waker());
+                self.conn.shared.await_received(self.id, &self.shared);
             }
         }
         Poll::Pending
-    }
-
-    /// Lets the shard read on once half of the queue is free again.
-    fn on_taken(&self, bytes: usize) {
-        let before = self.shared.recv_queued_bytes.fetch_sub(bytes, AcqRel);
-        let left = before - bytes;
-        if left < self.conn.shared.recv_queue_bytes / 2
-            && self.shared.recv_blocked.swap(false, AcqRel)
-        {
-            self.conn.shared.notify_stream(self.id, &self.shared);
-        }
     }
 }
 
@@ -338,6 +335,7 @@ impl Drop for RecvStream {
             self.shared.request_stop(VarInt::from_u32(0));
             self.conn.shared.notify_stream(self.id, &self.shared);
         }
+        self.conn.shared.discard_received(self.id, &self.shared);
     }
 }
 

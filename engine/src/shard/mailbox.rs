@@ -21,8 +21,6 @@ use crate::handles::Command as HandleCommand;
 
 /// What another thread asks of a shard.
 pub(crate) enum Command {
-    /// For the async handles.
-    Handles(HandleCommand),
     /// For the application on the shard.
     App(Box<dyn Any + Send>),
     /// Start a connection for a handle.
@@ -107,8 +105,14 @@ impl Mailbox {
 
     /// Pushes a notice that must not fail; the caller keeps at most one per handle in the queue.
     pub(crate) fn notify(&self, notice: HandleCommand) {
-        if !self.inner.stopped.load(Ordering::SeqCst) {
+        // Counted as in `push`: a notice may carry a reply, which the last drain must drop.
+        self.inner.pushing.fetch_add(1, Ordering::SeqCst);
+        let taken = !self.inner.stopped.load(Ordering::SeqCst);
+        if taken {
             self.inner.notices.push(notice);
+        }
+        self.inner.pushing.fetch_sub(1, Ordering::SeqCst);
+        if taken {
             self.wake();
         }
     }
@@ -136,10 +140,11 @@ impl Mailbox {
     // --- the shard's side ----------------------------------------------------------
 
     pub(crate) fn pop(&self) -> Option<Command> {
-        if let Some(notice) = self.inner.notices.pop() {
-            return Some(Command::Handles(notice));
-        }
         self.inner.commands.pop()
+    }
+
+    pub(crate) fn pop_notice(&self) -> Option<HandleCommand> {
+        self.inner.notices.pop()
     }
 
     pub(crate) fn pop_datagram(&self) -> Option<RxDatagram> {

@@ -21,6 +21,7 @@
 pub(crate) mod mailbox;
 pub(crate) mod worker;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -92,6 +93,8 @@ pub struct Shard<D: Datapath, C: Clock> {
 
 /// How long closing connections may drain after the last one was told (RFC 9000 §10.2: three PTOs).
 const DRAIN_MAX: Duration = Duration::from_secs(1);
+/// With this code a peer's connection is closed when the application on the shard panicked.
+const APP_PANIC_CODE: VarInt = VarInt::from_u32(0x70_61_6e);
 
 impl<D: Datapath, C: Clock> Shard<D, C> {
     // Every argument is a part with an owner of its own; a struct would only name them twice.
@@ -203,6 +206,14 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             worked = true;
             self.handle_datagram(now, datagram);
         }
+        // Each kind has its share of the turn: busy handles cannot hold back a connect or a shutdown.
+        for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
+            let Some(notice) = self.mailbox.pop_notice() else { break };
+            self.proto.counters.commands += 1;
+            worked = true;
+            self.handles
+                .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), notice);
+        }
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
             let Some(command) = self.mailbox.pop() else { break };
             self.proto.counters.commands += 1;
@@ -223,7 +234,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         self.too_slow = too_slow;
         while let Some((owner, token)) = self.proto.pop_app_timer(now) {
             worked = true;
-            self.call(now, owner, |app, cx| app.handle_timer(cx, token));
+            self.call(now, owner, None, |app, cx| app.handle_timer(cx, token));
         }
         self.advance_ending(now);
         worked
@@ -242,13 +253,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 }
             }
             // Handles queue their stream work; one pass serves a whole batch of it.
-            let mut cx = ShardCx {
-                proto: &mut self.proto,
-                paths: &self.datapath,
-                now,
-                owner: Owner::Handles,
-            };
-            if !self.handles.pump(&mut cx) {
+            if !self.handles.pump(&mut handle_cx(&mut self.proto, &self.datapath, now)) {
                 return worked;
             }
             worked = true;
@@ -262,7 +267,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 self.proto.counters.closed += 1;
                 if !reported {
                     let reason = ConnectionError::ClosedLocally;
-                    self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
+                    self.call(now, owner, None, |app, cx| app.handle_closed(cx, conn, &reason));
                 }
                 return;
             }
@@ -271,16 +276,16 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             Event::HandshakeDataReady => {}
             Event::Connected => {
                 self.proto.handshake_over(conn);
-                self.call(now, owner, |app, cx| app.handle_connected(cx, conn));
+                self.call(now, owner, Some(conn), |app, cx| app.handle_connected(cx, conn));
             }
             Event::ConnectionLost { reason } => {
                 self.proto.handshake_over(conn);
                 if self.proto.report_closed(conn) {
                     let reason = reason.into();
-                    self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
+                    self.call(now, owner, None, |app, cx| app.handle_closed(cx, conn, &reason));
                 }
             }
-            Event::Stream(event) => self.call(now, owner, |app, cx| match event {
+            Event::Stream(event) => self.call(now, owner, Some(conn), |app, cx| match event {
                 StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
                 StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
                 StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
@@ -291,31 +296,62 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
             }),
             Event::DatagramReceived => {
-                self.call(now, owner, |app, cx| app.handle_datagrams(cx, conn));
+                self.call(now, owner, Some(conn), |app, cx| app.handle_datagrams(cx, conn));
             }
             Event::DatagramsUnblocked => {
-                self.call(now, owner, |app, cx| app.handle_datagrams_unblocked(cx, conn));
+                self.call(now, owner, Some(conn), |app, cx| {
+                    app.handle_datagrams_unblocked(cx, conn);
+                });
             }
         }
     }
 
-    /// Calls the application that owns a connection.
+    /// Calls whoever owns a connection. If the application panics, the connection that the call
+    /// was about is closed; the shard and its other connections go on.
     fn call(
         &mut self,
         now: Instant,
         owner: Owner,
+        conn: Option<ConnId>,
         f: impl FnOnce(&mut dyn ShardApp, &mut ShardCx<'_>),
     ) {
         let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner };
-        match (owner, &mut self.app) {
-            (Owner::App, Some(app)) => f(app.as_mut(), &mut cx),
-            _ => f(&mut self.handles, &mut cx),
+        let (Owner::App, Some(app)) = (owner, &mut self.app) else {
+            return f(&mut self.handles, &mut cx);
+        };
+        // What the call left half done is the application's state, which only it sees, and the
+        // connection's, which is closed; no engine code on the way back up is skipped.
+        let called = catch_unwind(AssertUnwindSafe(|| f(app.as_mut(), &mut cx)));
+        if let Err(payload) = called {
+            self.handle_app_panic(now, conn, payload.as_ref());
+        }
+    }
+
+    #[cold]
+    fn handle_app_panic(
+        &mut self,
+        now: Instant,
+        conn: Option<ConnId>,
+        payload: &(dyn std::any::Any + Send),
+    ) {
+        self.proto.counters.app_panics += 1;
+        let shard = self.proto.shard_index();
+        let panic = panic_text(payload);
+        tracing::error!(shard, panic, ?conn, "the shard's application panicked");
+        let Some(id) = conn else { return };
+        if let Some(connection) = self.proto.touch(id) {
+            connection.close(now, APP_PANIC_CODE, Bytes::from_static(b"application panicked"));
+        }
+        // Reported once: a panic in `handle_closed` itself ends here.
+        if self.proto.report_closed(id) {
+            let reason = ConnectionError::AppPanicked;
+            self.call(now, Owner::App, Some(id), |app, cx| app.handle_closed(cx, id, &reason));
         }
     }
 
     fn handle_incoming(&mut self, now: Instant, incoming: Incoming) {
         let owner = if self.app.is_some() { Owner::App } else { Owner::Handles };
-        self.call(now, owner, |app, cx| app.handle_incoming(cx, incoming));
+        self.call(now, owner, None, |app, cx| app.handle_incoming(cx, incoming));
     }
 
     // --- out --------------------------------------------------------------------------
@@ -409,6 +445,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             counters.turns_idle += 1;
         }
         self.proto.counters.connections = self.proto.live_connections() as u64;
+        self.proto.counters.streams = self.handles.streams() as u64;
         self.metrics.publish(&self.proto.counters, &self.datapath.counters());
         let ending_deadline = self
             .ending
@@ -428,17 +465,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     fn handle_command(&mut self, now: Instant, command: Command) {
         match command {
-            Command::Handles(command) => {
-                let mut cx = ShardCx {
-                    proto: &mut self.proto,
-                    paths: &self.datapath,
-                    now,
-                    owner: Owner::Handles,
-                };
-                self.handles.handle_command(&mut cx, command);
-            }
             Command::App(message) => {
-                self.call(now, Owner::App, |app, cx| app.handle_message(cx, message));
+                self.call(now, Owner::App, None, |app, cx| app.handle_message(cx, message));
+            }
+            // Dropped before its turn came: nobody waits for the connection.
+            Command::Connect { reply, .. } if reply.is_canceled() => {
+                self.proto.counters.attempts_abandoned += 1;
             }
             Command::Connect { remote, server_name, config, reply } => {
                 let mtu_bytes = self.datapath.max_udp_payload(&remote);
@@ -450,12 +482,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                     config,
                     Owner::Handles,
                 );
-                let mut cx = ShardCx {
-                    proto: &mut self.proto,
-                    paths: &self.datapath,
-                    now,
-                    owner: Owner::Handles,
-                };
+                let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
                 self.handles.handle_connect_result(&mut cx, result, reply);
             }
             Command::Shutdown(order) => self.begin_ending(now, order),
@@ -496,7 +523,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         self.proto.handshake_over(id);
         if self.proto.report_closed(id) {
             let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
-            self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
+            self.call(now, owner, None, |app, cx| app.handle_closed(cx, id, &reason));
         }
     }
 
@@ -504,6 +531,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     fn begin_ending(&mut self, now: Instant, order: ShutdownOrder) {
         self.proto.stop_accepting();
+        self.handles.refuse_waiting(&mut handle_cx(&mut self.proto, &self.datapath, now));
         let close_at = now + order.grace;
         // A second order may only hurry.
         if let Some(ending) = &mut self.ending {
@@ -526,16 +554,20 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         ending.end_at = now + DRAIN_MAX;
         let (code, reason) = (ending.order.code, ending.order.reason.clone());
         let ids: Vec<ConnId> = self.proto.ids().collect();
+        let (mut connections, mut streams) = (0, 0);
         for id in ids {
-            if let Some(connection) = self.proto.touch(id) {
+            if let Some(connection) = self.proto.touch(id).filter(|conn| !conn.is_closed()) {
+                connections += 1;
+                streams += connection.streams().send_streams() as u64;
                 connection.close(now, code, reason.clone());
             }
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
             if self.proto.report_closed(id) {
                 let reason = ConnectionError::EngineStopped;
-                self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
+                self.call(now, owner, None, |app, cx| app.handle_closed(cx, id, &reason));
             }
         }
+        self.handles.note_cut_off(connections, streams);
     }
 
     fn has_ended(&self, now: Instant) -> bool {
@@ -578,14 +610,44 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         for id in ids {
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
             if self.proto.report_closed(id) {
-                self.call(now, owner, |app, cx| app.handle_closed(cx, id, reason));
+                self.call(now, owner, None, |app, cx| app.handle_closed(cx, id, reason));
             }
         }
+        self.finish_abandoning(reason);
+    }
+
+    /// As [`abandon`](Self::abandon) after a panic of the shard itself: its protocol state may be
+    /// broken and is not touched; only handles and waiting callers are told.
+    pub(crate) fn abandon_broken(&mut self, reason: &ConnectionError) {
+        self.mailbox.stop();
+        self.finish_abandoning(reason);
+    }
+
+    fn finish_abandoning(&mut self, reason: &ConnectionError) {
+        // A dropped notice drops its reply, which ends the future that waits for it.
+        while self.mailbox.pop_notice().is_some() {}
         while let Some(command) = self.mailbox.pop() {
             if let Command::Connect { reply, .. } = command {
                 reply.fail(crate::error::ConnectError::EngineStopped);
             }
         }
+        self.proto.counters.connections = 0;
+        self.proto.counters.streams = 0;
+        self.metrics.publish(&self.proto.counters, &self.datapath.counters());
         self.handles.end(reason);
     }
+}
+
+/// What the handles may do now. A function of the parts, so that the handles themselves stay free.
+fn handle_cx<'a>(proto: &'a mut Protocol, paths: &'a dyn Datapath, now: Instant) -> ShardCx<'a> {
+    ShardCx { proto, paths, now, owner: Owner::Handles }
+}
+
+/// The message of a panic.
+pub(crate) fn panic_text(payload: &(dyn std::any::Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
 }

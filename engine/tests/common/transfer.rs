@@ -141,7 +141,6 @@ impl Transfer {
     ///
     /// # Panics
     /// If an end does not come to an end.
-    #[must_use]
     pub fn finish(self) -> [Outcome; 2] {
         self.stop.store(true, Relaxed);
         let mut engines = vec![self.server, self.client];
