@@ -119,10 +119,15 @@ fn cancelled_opens_leave_no_stream() {
     let pair = Pair::with(server, config());
     block_on(async {
         let (client, _server) = pair.connect().await;
-        // Far more than the peer allows: each must give its place back.
-        for _ in 0..100 {
-            assert!(poll_once(client.open_bi()).is_none());
-            assert!(poll_once(client.open_uni()).is_none());
+        // Far more than the peer allows: each must give its place back, whether it is cancelled
+        // before the shard answers or after.
+        for round in 0..60 {
+            let mut bi = pin!(client.open_bi());
+            let mut uni = pin!(client.open_uni());
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(bi.as_mut().poll(&mut cx).is_pending());
+            assert!(uni.as_mut().poll(&mut cx).is_pending());
+            std::thread::sleep(Duration::from_millis(round % 3));
         }
         wait_for("cancelled streams are gone", || counters(&pair.client).streams == 0);
         // The limit of four is whole again.
@@ -639,4 +644,41 @@ fn an_engine_with_an_application_still_connects_with_handles() {
         assert_eq!(recv.read_to_end(100).await.unwrap(), b"from a handle");
     });
     pair.wait_idle();
+}
+
+/// A waker that takes the shard's thread down with it.
+struct Bomb;
+
+impl Wake for Bomb {
+    fn wake(self: Arc<Self>) {
+        panic!("planned: the shard's thread");
+    }
+}
+
+#[test]
+fn a_shard_that_panics_leaves_no_handle_waiting() {
+    let _watchdog = Watchdog::new("shard panics");
+    let pair = Pair::new();
+    let (client, server) = block_on(pair.connect());
+    let (mut send, mut recv) = block_on(client.open_bi()).unwrap();
+    block_on(send.write_all(b"x")).unwrap();
+    let (mut peer_send, _peer_recv) = block_on(server.accept_bi()).unwrap();
+    let bomb = Waker::from(Arc::new(Bomb));
+    let mut read = Box::pin(recv.read_chunk(1));
+    assert!(read.as_mut().poll(&mut Context::from_waker(&bomb)).is_pending());
+    std::thread::scope(|scope| {
+        let waits = [
+            scope.spawn(|| block_on(client.accept_bi()).err()),
+            scope.spawn(|| block_on(client.closed()).into()),
+            scope.spawn(|| block_on(client.read_datagram()).err()),
+        ];
+        std::thread::sleep(Duration::from_millis(50));
+        block_on(peer_send.write_all(b"x")).unwrap();
+        for wait in waits {
+            assert_eq!(wait.join().unwrap(), Some(ConnectionError::EngineStopped));
+        }
+    });
+    assert!(!pair.client.is_running());
+    assert!(block_on(pair.client.connect(pair.server.local_addr(), NAME)).is_err());
+    assert!(block_on(pair.client.accept()).is_none());
 }
