@@ -686,3 +686,38 @@ fn a_shard_that_panics_leaves_no_handle_waiting() {
     assert!(block_on(pair.client.connect(pair.server.local_addr(), NAME)).is_err());
     assert!(block_on(pair.client.accept()).is_none());
 }
+
+#[test]
+fn chunks_in_groups_and_who_the_peer_is() {
+    let _watchdog = Watchdog::new("chunks");
+    let pair = Pair::new();
+    block_on(async {
+        let (client, server) = pair.connect().await;
+        let identity = client.peer_identity().expect("the server showed a certificate");
+        assert_eq!(identity.certificate.names.dns(), [NAME]);
+        assert_eq!(identity.chain, client.peer_certificates().unwrap());
+        assert!(server.peer_identity().is_none());
+        let settled = server.handshake().unwrap();
+        assert!(settled.is_post_quantum() && client.handshake().unwrap().is_post_quantum());
+        assert_eq!(settled.server_name.as_deref(), Some(NAME));
+        assert_eq!(client.alpn().unwrap(), b"stoq-test");
+
+        let mut send = client.open_uni().await.unwrap();
+        send.set_priority(3);
+        assert_eq!(send.priority(), 3);
+        let mut chunks = [Bytes::from_static(b"one "), Bytes::new(), Bytes::from_static(b"three")];
+        assert_eq!(send.write_chunks(&mut chunks).await, Ok(3));
+        assert!(chunks.iter().all(Bytes::is_empty));
+        send.finish().unwrap();
+        let mut recv = server.accept_uni().await.unwrap();
+        let mut received = Vec::new();
+        let mut places = [const { Bytes::new() }; 4];
+        while let Some(filled) = recv.read_chunks(&mut places).await.unwrap() {
+            assert!(filled > 0);
+            received.extend(places[..filled].iter().flatten().copied());
+        }
+        assert_eq!(received, b"one three");
+        assert_eq!(recv.read_chunks(&mut places).await, Ok(None));
+    });
+    pair.wait_idle();
+}

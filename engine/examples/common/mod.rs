@@ -10,8 +10,11 @@ use stoq::config::TransportConfig;
 pub(crate) const NAME: &str = "example.test";
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
+/// The server's side and the client's.
+pub(crate) type Tls = (Arc<dyn ServerConfig>, Arc<dyn ClientConfig>);
+
 /// A self-signed server and a client that trusts exactly this server.
-pub(crate) fn tls() -> Result<(Arc<dyn ServerConfig>, Arc<dyn ClientConfig>), CertsError> {
+pub(crate) fn tls() -> Result<Tls, CertsError> {
     let identity = RotatingIdentity::self_signed(IdentityNames::new().with_dns(NAME)?).start()?;
     let client = ClientTls::builder().alpn(["example"]).roots(identity.roots().to_vec()).build()?;
     let server = ServerTls::builder().identity(identity).alpn(["example"]).build()?;
