@@ -1,10 +1,11 @@
-//! `stoq`: serve, fetch and measure with the STOQ engine.
+//! `stoq`: examine the machine, serve, fetch and measure with the STOQ engine.
 
 // Modules of a binary: `pub` means "for the other modules".
 #![allow(unreachable_pub)]
 
 mod client;
 mod cpu;
+mod doctor;
 mod engine;
 mod get;
 mod hq;
@@ -25,6 +26,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Say what this machine can do, which datapath `auto` takes, and what costs speed.
+    Doctor(doctor::Args),
     /// Serve files (hq-interop) and the perf protocol.
     Serve(serve::Args),
     /// Fetch files by hq-interop.
@@ -37,6 +40,7 @@ fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     output::init_logging();
     let result = match cli.command {
+        Command::Doctor(args) => doctor::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Perf(args) => perf::run(args),

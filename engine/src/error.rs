@@ -45,9 +45,13 @@ pub enum ConnectionError {
     /// Our own application closed the connection.
     #[error("closed by this application")]
     ClosedLocally,
-    /// The engine shut down or its shard stopped.
+    /// The engine was shut down.
     #[error("the engine was shut down")]
     EngineStopped,
+    /// The datapath beneath the connection cannot go on, and its shard has stopped; the text
+    /// says what happened and what to do.
+    #[error("the datapath failed: {0}")]
+    DatapathFailed(String),
     /// The application on the shard panicked in a call about this connection.
     #[error("the application on the shard panicked; the connection was closed")]
     AppPanicked,

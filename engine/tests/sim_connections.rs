@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sim::{Pair, PairConfig, Plan, Send, pattern};
 use stoq::config::{CongestionControl, RetryPolicy, TransportConfig};
-use stoq::datapath::sim::{LinkConfig, QueueLimit};
+use stoq::datapath::sim::{Direction, LinkConfig, QueueLimit};
 use stoq::error::ConnectionError;
 use stoq::{Dir, VarInt};
 
@@ -113,7 +113,8 @@ fn bidirectional_bulk_with_small_windows_does_not_stall() {
     assert!(done, "stalled: {:?}", pair.client_log.lock().expect("log").received_bytes);
     let rate = 2.0 * len as f64 * 8.0 / elapsed / 1e6;
     println!("{rate:.0} Mbit/s both ways");
-    assert!(rate > 100.0, "{rate:.0} Mbit/s: ACKs wait behind data");
+    // 407 with the gate that opens for an owed ACK, 131 without.
+    assert!(rate > 280.0, "{rate:.0} Mbit/s: ACKs wait behind data");
 }
 
 #[test]
@@ -247,4 +248,39 @@ fn the_same_seed_gives_the_same_transfer() {
         pair.clock.elapsed()
     };
     assert_ne!(outcome(1), outcome(2));
+}
+
+/// RFC 9000 §10.3: a server that lost its state answers with a stateless reset.
+#[test]
+fn a_server_without_memory_resets_its_old_connections() {
+    let mut pair = Pair::new(PairConfig::default(), upload(1000), Plan::default());
+    assert!(pair.run(Duration::from_secs(1), |client, _| client.acknowledged.len() == 1));
+    pair.crash_server();
+    // The client speaks once more: its keys are updated by a message to its application.
+    pair.client.send_to_app(Box::new(sim::Ping));
+    assert!(pair.run(Duration::from_secs(5), |client, _| !client.closed.is_empty()));
+    assert_eq!(pair.client_log.lock().expect("log").closed, vec![ConnectionError::Reset]);
+}
+
+#[test]
+fn congestion_marks_slow_the_sender_without_loss() {
+    for cc in [CongestionControl::NewReno, CongestionControl::Cubic] {
+        let config = TransportConfig { congestion_control: cc, ..Default::default() };
+        let link = LinkConfig {
+            rate_bps: 50_000_000,
+            delay_us: 5_000,
+            ecn_threshold_us: 2_000,
+            ..LinkConfig::default()
+        };
+        let pair_config =
+            PairConfig { client: config.clone(), server: config, link, ..Default::default() };
+        let mut pair = Pair::new(pair_config, upload(5_000_000), Plan::default());
+        assert!(pair.run(Duration::from_secs(20), |client, _| client.acknowledged.len() == 1));
+        let marked = pair.network.link_counters(pair.link, Direction::Forward).marked_ce;
+        let stats = pair.client_log.lock().expect("log").stats.expect("stats");
+        println!("{}: {marked} marked, {} events", cc.name(), stats.congestion_events);
+        assert!(marked > 0, "the link marked nothing: ECT(0) does not reach it");
+        assert!(stats.congestion_events > 0, "marks are not fed back");
+        assert_eq!(stats.packets_lost, 0);
+    }
 }

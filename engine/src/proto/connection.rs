@@ -217,6 +217,10 @@ impl Conn {
             Gate::Paced(until) => Some(until),
             _ => None,
         };
+        if gate == Gate::Open {
+            // Whatever ACK is owed leaves with this poll: nothing is left to wait for.
+            self.owed_since = None;
+        }
         self.cc.set_gate(gate == Gate::Open);
         gate
     }
@@ -240,6 +244,7 @@ impl Conn {
         }
         let owed = eliciting - self.eliciting_at_ack;
         if owed == 0 {
+            self.owed_since = None;
             return false;
         }
         let since = *self.owed_since.get_or_insert(now);

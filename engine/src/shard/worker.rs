@@ -40,7 +40,7 @@ fn run_until_end<D: Datapath, C: Clock>(
         }
         if let Some(failure) = shard.failure() {
             tracing::error!(failure, "shard stops: its datapath failed");
-            break ConnectionError::EngineStopped;
+            break ConnectionError::DatapathFailed(failure.to_owned());
         }
         if turn.worked || turn.more {
             idle_since = None;
@@ -62,7 +62,9 @@ fn run_until_end<D: Datapath, C: Clock>(
         }
         if let Err(error) = park(shard, left) {
             tracing::error!(%error, "shard stops: it cannot wait for its descriptors");
-            break ConnectionError::EngineStopped;
+            break ConnectionError::DatapathFailed(format!(
+                "waiting for its descriptors: {error}; start the engine again"
+            ));
         }
         idle_since = None;
         idle_turns = 0;

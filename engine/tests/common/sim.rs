@@ -76,18 +76,31 @@ pub struct Plan {
     pub refuse: bool,
 }
 
+/// Makes the application say something on every connection it has.
+pub struct Ping;
+
 pub struct TestApp {
     pub plan: Plan,
     pub log: SharedLog,
     pending: BTreeMap<(ConnId, StreamId), (VecDeque<Bytes>, bool)>,
     next_key_update: u64,
+    conns: Vec<ConnId>,
 }
 
 impl TestApp {
     pub fn new(plan: Plan) -> (Self, SharedLog) {
         let log = SharedLog::default();
         let next_key_update = plan.update_keys_every.unwrap_or(u64::MAX);
-        (Self { plan, log: log.clone(), pending: BTreeMap::new(), next_key_update }, log)
+        (
+            Self {
+                plan,
+                log: log.clone(),
+                pending: BTreeMap::new(),
+                next_key_update,
+                conns: Vec::new(),
+            },
+            log,
+        )
     }
 
     fn write(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, stream: StreamId) {
@@ -131,7 +144,13 @@ impl TestApp {
 }
 
 impl ShardApp for TestApp {
-    fn handle_message(&mut self, cx: &mut ShardCx<'_>, _message: Box<dyn Any + std::marker::Send>) {
+    fn handle_message(&mut self, cx: &mut ShardCx<'_>, message: Box<dyn Any + std::marker::Send>) {
+        if message.is::<Ping>() {
+            for conn in self.conns.clone() {
+                cx.send_datagram(conn, Bytes::from_static(b"still there?")).expect("sent");
+            }
+            return;
+        }
         if let Some(peer) = self.plan.connect {
             let name = self.plan.server_name.clone().unwrap_or_else(|| "stoq.test".into());
             cx.connect(peer, &name).expect("connect");
@@ -150,6 +169,7 @@ impl ShardApp for TestApp {
         {
             let mut log = self.log.lock().expect("log");
             log.connected += 1;
+            self.conns.push(conn);
             log.alpn = cx.alpn(conn);
         }
         for send in self.plan.sends.clone() {
@@ -332,6 +352,31 @@ impl Pair {
         let server = SimHost::new(&clock, server_path, server_setup, server_app).expect("server");
         client.send_to_app(Box::new(()));
         Self { clock, network, link, client, server, client_log, server_log }
+    }
+
+    /// The server's process dies and comes back with its reset key, but without its memory.
+    pub fn crash_server(&mut self) {
+        let (server_app, server_log) = TestApp::new(Plan::default());
+        let setup = SimHostConfig {
+            config: TransportConfig::default(),
+            server: Some(tls().0),
+            client: None,
+            seed: self.network.seed() * 2 + 1,
+        };
+        // The old datapath gives its port back when it is dropped: a stand-in holds the place.
+        let stand_in = self.network.open(SocketAddrV6::new(SERVER_HOST, 9, 0, 0));
+        let idle = SimHostConfig {
+            config: TransportConfig::default(),
+            server: None,
+            client: None,
+            seed: 0,
+        };
+        let (idle_app, _) = TestApp::new(Plan::default());
+        let idle = SimHost::new(&self.clock, stand_in, idle, idle_app).expect("stand-in");
+        drop(std::mem::replace(&mut self.server, idle));
+        let path = self.network.open(SERVER);
+        self.server = SimHost::new(&self.clock, path, setup, server_app).expect("server");
+        self.server_log = server_log;
     }
 
     /// Runs until `done` says so or `limit` of virtual time has passed; whether it was done.
