@@ -602,10 +602,8 @@ impl ShardApp for HandleApp {
 
     fn handle_connected(&mut self, cx: &mut ShardCx<'_>, id: ConnId) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        let data = cx.proto.handshake_data(id);
         conn.shared.set_handshake(HandshakeInfo {
-            alpn: data.as_ref().and_then(|data| data.alpn.clone()),
-            server_name: data.and_then(|data| data.server_name),
+            settled: cx.proto.handshake_data(id),
             peer_certificates: cx.peer_certificates(id),
         });
         if cx.early_data_accepted(id) == Some(false) {
