@@ -30,7 +30,7 @@ pub(crate) enum PoolCommand {
 pub(crate) type CheckoutReply = oneshot::Sender<Result<PooledConnection, CheckoutError>>;
 
 impl HandleApp {
-    pub(super) fn handle_pool_command(&mut self, cx: &mut ShardCx<'_>, command: PoolCommand) {
+    pub(crate) fn handle_pool_command(&mut self, cx: &mut ShardCx<'_>, command: PoolCommand) {
         match command {
             PoolCommand::Checkout { endpoint, replay, reply } => {
                 self.checkout(cx, &endpoint, replay, reply);

@@ -786,7 +786,8 @@ impl Pool {
 
 /// Whether this side ended it: no failure of the peer.
 fn is_deliberate(reason: &ConnectionError) -> bool {
-    matches!(reason, ConnectionError::ClosedLocally | ConnectionError::EngineStopped)
+    use ConnectionError::{AppPanicked, ClosedLocally, EngineStopped};
+    matches!(reason, ClosedLocally | EngineStopped | AppPanicked)
 }
 
 impl Entry {

@@ -34,8 +34,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let Some((entry, endpoint)) = self.proto.pool(owner).next_connect() else { return false };
         let remote = endpoint.remote();
         let mtu_bytes = self.datapath.max_udp_payload(&remote);
-        let config =
-            endpoint.profile().map(|profile| quinn_proto::ClientConfig::new(profile.tls()));
+        let config = endpoint.profile().map(|profile| quinn_proto::ClientConfig::new(profile.tls()));
         let name = endpoint.server_name();
         match self.proto.connect(now, remote, mtu_bytes, name, config, owner) {
             Ok(conn) => {
@@ -57,7 +56,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn perform(&mut self, now: Instant, owner: Owner, action: PoolAction) {
         match action {
             PoolAction::Ready { token, lease } => {
-                self.call(now, owner, None, |app, cx| app.handle_checkout(cx, token, Ok(lease)));
+                let conn = Some(lease.conn());
+                self.call(now, owner, conn, |app, cx| app.handle_checkout(cx, token, Ok(lease)));
             }
             PoolAction::Failed { token, error } => {
                 self.call(now, owner, None, |app, cx| app.handle_checkout(cx, token, Err(error)));
