@@ -19,13 +19,14 @@ payload=1452
 near=stoq-cmp-near-$$
 far=stoq-cmp-far-$$
 readings=$(mktemp)
+log=$(mktemp)
 server=
 
 end() {
     [ -z "$server" ] || kill "$server" 2>/dev/null || true
     ip netns del "$near" 2>/dev/null || true
     ip netns del "$far" 2>/dev/null || true
-    rm -f "$readings"
+    rm -f "$readings" "$log"
 }
 trap end EXIT
 
@@ -53,14 +54,18 @@ measure() {
         ip netns exec "$near" "$bin/quinn-peer" serve --listen "$address" \
             --core "$server_core" --udp-payload "$payload" &
         ;;
-    esac 2>/dev/null
+    esac 2>"$log"
     server=$!
-    sleep 0.7
+    for _ in $(seq 100); do
+        ! grep -q 'listening on' "$log" || break
+        sleep 0.1
+    done
+    grep -q 'listening on' "$log" || { cat "$log" >&2; exit 1; }
     case $stack in
     stoq)
         line=$(ip netns exec "$client_netns" "$bin/stoq" perf download --connect "$address" \
             --seconds "$seconds" --danger-insecure --datapath "$datapath" \
-            --cores "$client_core" --udp-payload "$payload" --json | tail -n 1)
+            --cores "$client_core" --udp-payload "$payload" --json 2>/dev/null | tail -n 1)
         ;;
     quinn)
         line=$(ip netns exec "$client_netns" "$bin/quinn-peer" download --connect "$address" \

@@ -27,8 +27,8 @@ use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp
 use crate::metrics::{
     MetricsServer, RateWindow, ShardCounters, ShardMetrics, TransportStats, prometheus,
 };
-use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
 use crate::placement;
+use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
 use crate::proto::cid::CidKey;
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
@@ -52,10 +52,10 @@ pub(crate) struct EngineShared {
     shards_running: AtomicUsize,
     ended: Event,
     next_shard: AtomicUsize,
-    pool_events: ArrayQueue<PoolEvent>,
-    pool_event: Event,
     connections_cut_off: AtomicU64,
     streams_cut_off: AtomicU64,
+    pool_events: ArrayQueue<PoolEvent>,
+    pool_event: Event,
 }
 
 impl EngineShared {
@@ -67,10 +67,10 @@ impl EngineShared {
             offered: Event::new(),
             ended: Event::new(),
             next_shard: AtomicUsize::new(0),
-            pool_events: ArrayQueue::new(POOL_EVENTS_QUEUED_MAX),
-            pool_event: Event::new(),
             connections_cut_off: AtomicU64::new(0),
             streams_cut_off: AtomicU64::new(0),
+            pool_events: ArrayQueue::new(POOL_EVENTS_QUEUED_MAX),
+            pool_event: Event::new(),
         }
     }
 
@@ -431,8 +431,7 @@ impl Engine {
     ) -> Result<PooledConnection, CheckoutError> {
         let shards = self.shared.mailboxes.len();
         let (home, width) = pool::spread(endpoint, shards, self.pool_width);
-        let turn =
-            if width > 1 { self.shared.next_shard.fetch_add(1, Relaxed) % width } else { 0 };
+        let turn = if width > 1 { self.shared.next_shard.fetch_add(1, Relaxed) % width } else { 0 };
         let (reply, answer) = oneshot::channel();
         let command = PoolCommand::Checkout { endpoint: endpoint.clone(), replay, reply };
         self.ask_pool((home + turn) % shards, command)?;
@@ -464,7 +463,8 @@ impl Engine {
     }
 
     fn ask_pool(&self, shard: usize, command: PoolCommand) -> Result<(), CheckoutError> {
-        self.shared.mailboxes[shard].push(Command::Pool(command)).map_err(|_refused| {
+        let command = Command::Handles(HandleCommand::Pool(command));
+        self.shared.mailboxes[shard].push(command).map_err(|_refused| {
             let stopped = self.shared.mailboxes[shard].is_stopped();
             let error = if stopped { ConnectError::EngineStopped } else { ConnectError::Busy };
             CheckoutError::Connect(ConnectionError::NotStarted(error))

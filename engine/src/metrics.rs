@@ -15,9 +15,9 @@ use crossbeam::utils::CachePadded;
 use crate::datapath::DatapathCounters;
 
 pub(crate) use histogram::Histogram;
+pub use histogram::LatencySummary;
 #[cfg(test)]
 pub(crate) use histogram::Merged;
-pub use histogram::LatencySummary;
 pub use server::MetricsServer;
 pub(crate) use stats::RateWindow;
 pub use stats::{Copies, ShardReport, TransportStats};

@@ -72,6 +72,30 @@ impl SendStream {
         .await
     }
 
+    /// Writes chunks by reference as far as the queue has room; waits until it has some. Chunks
+    /// that were taken are left empty. Returns their number. Cancel-safe: a dropped future has
+    /// taken nothing.
+    ///
+    /// # Errors
+    /// The stream or the connection can take no more.
+    pub async fn write_chunks(&mut self, chunks: &mut [Bytes]) -> Result<usize, WriteError> {
+        poll_fn(|cx| {
+            let mut taken = 0;
+            for chunk in &mut *chunks {
+                match self.poll_ready(cx) {
+                    Poll::Ready(Ok(())) => self.push(std::mem::take(chunk)),
+                    Poll::Ready(Err(error)) if taken == 0 => return Poll::Ready(Err(error)),
+                    Poll::Pending if taken == 0 => return Poll::Pending,
+                    // What was taken is reported first; an error comes again with the next call.
+                    Poll::Ready(Err(_)) | Poll::Pending => break,
+                }
+                taken += 1;
+            }
+            Poll::Ready(Ok(taken))
+        })
+        .await
+    }
+
     /// Marks the end of the stream: nothing more can be written. Returns at once;
     /// [`stopped`](Self::stopped) tells when the peer has acknowledged everything.
     ///
@@ -111,6 +135,12 @@ impl SendStream {
     #[must_use]
     pub fn is_acknowledged(&self) -> bool {
         self.shared.acknowledged.load(Acquire)
+    }
+
+    /// What [`set_priority`](Self::set_priority) set; 0 at the start.
+    #[must_use]
+    pub fn priority(&self) -> i32 {
+        self.shared.priority.load(Acquire)
     }
 
     /// Waits for the stream's end: `None` when the peer has acknowledged all data and the
@@ -235,6 +265,24 @@ impl RecvStream {
     /// The peer reset the stream, it was stopped, or the connection is gone.
     pub async fn read_chunk(&mut self, bytes_max: usize) -> Result<Option<Bytes>, ReadError> {
         poll_fn(|cx| self.poll_chunk(cx, bytes_max)).await
+    }
+
+    /// The next chunks in order, without copying, as many as wait and `chunks` has places for;
+    /// waits for the first one. Returns their number; `None` at the end. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`read_chunk`](Self::read_chunk).
+    pub async fn read_chunks(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        let Some((first, others)) = chunks.split_first_mut() else { return Ok(Some(0)) };
+        let Some(chunk) = self.read_chunk(usize::MAX).await? else { return Ok(None) };
+        *first = chunk;
+        let mut filled = 1;
+        for place in others {
+            let Some(chunk) = self.conn.shared.pop_received(self.id, &self.shared) else { break };
+            *place = chunk;
+            filled += 1;
+        }
+        Ok(Some(filled))
     }
 
     /// Copies the next bytes into `buffer`; `None` at the end. Cancel-safe.
@@ -399,5 +447,42 @@ impl futures_io::AsyncRead for RecvStream {
             chunk.copy_to_slice(&mut buffer[..len]);
             len
         })))
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl tokio::io::AsyncWrite for SendStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Self::poll_write(self.get_mut(), cx, data).map_err(broken)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        futures_io::AsyncWrite::poll_flush(self, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        futures_io::AsyncWrite::poll_close(self, cx)
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl tokio::io::AsyncRead for RecvStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        if buffer.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let chunk = ready!(self.get_mut().poll_chunk(cx, buffer.remaining())).map_err(broken)?;
+        if let Some(chunk) = chunk {
+            buffer.put_slice(&chunk);
+        }
+        Poll::Ready(Ok(()))
     }
 }

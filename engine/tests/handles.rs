@@ -119,10 +119,15 @@ fn cancelled_opens_leave_no_stream() {
     let pair = Pair::with(server, config());
     block_on(async {
         let (client, _server) = pair.connect().await;
-        // Far more than the peer allows: each must give its place back.
-        for _ in 0..100 {
-            assert!(poll_once(client.open_bi()).is_none());
-            assert!(poll_once(client.open_uni()).is_none());
+        // Far more than the peer allows: each must give its place back, whether it is cancelled
+        // before the shard answers or after.
+        for round in 0..60 {
+            let mut bi = pin!(client.open_bi());
+            let mut uni = pin!(client.open_uni());
+            let mut cx = Context::from_waker(Waker::noop());
+            let _answered_already = bi.as_mut().poll(&mut cx);
+            let _answered_already = uni.as_mut().poll(&mut cx);
+            std::thread::sleep(Duration::from_millis(round % 3));
         }
         wait_for("cancelled streams are gone", || counters(&pair.client).streams == 0);
         // The limit of four is whole again.
@@ -561,7 +566,11 @@ fn an_ended_engine_refuses_everything_at_once() {
     drop(server);
     // Decided after the end: nobody is left to decide for.
     assert_eq!(block_on(incoming.accept()).unwrap_err(), ConnectionError::EngineStopped);
-    assert!(block_on(connecting).is_err(), "refused by the server's end");
+    let error = block_on(connecting).unwrap_err();
+    assert!(
+        matches!(error, ConnectionError::AbortedByPeer(_)),
+        "refused, not timed out: {error:?}"
+    );
     let _unanswered = address;
     let dropped = client.connect(address, NAME);
     drop(client);
@@ -637,6 +646,78 @@ fn an_engine_with_an_application_still_connects_with_handles() {
         send.finish().unwrap();
         let mut recv = server.accept_uni().await.unwrap();
         assert_eq!(recv.read_to_end(100).await.unwrap(), b"from a handle");
+    });
+    pair.wait_idle();
+}
+
+/// A waker that takes the shard's thread down with it.
+struct Bomb;
+
+impl Wake for Bomb {
+    fn wake(self: Arc<Self>) {
+        panic!("planned: the shard's thread");
+    }
+}
+
+#[test]
+fn a_shard_that_panics_leaves_no_handle_waiting() {
+    let _watchdog = Watchdog::new("shard panics");
+    let pair = Pair::new();
+    let (client, server) = block_on(pair.connect());
+    let (mut send, mut recv) = block_on(client.open_bi()).unwrap();
+    block_on(send.write_all(b"x")).unwrap();
+    let (mut peer_send, _peer_recv) = block_on(server.accept_bi()).unwrap();
+    let bomb = Waker::from(Arc::new(Bomb));
+    let mut read = Box::pin(recv.read_chunk(1));
+    assert!(read.as_mut().poll(&mut Context::from_waker(&bomb)).is_pending());
+    std::thread::scope(|scope| {
+        let waits = [
+            scope.spawn(|| block_on(client.accept_bi()).err()),
+            scope.spawn(|| block_on(client.closed()).into()),
+            scope.spawn(|| block_on(client.read_datagram()).err()),
+        ];
+        std::thread::sleep(Duration::from_millis(50));
+        block_on(peer_send.write_all(b"x")).unwrap();
+        for wait in waits {
+            assert_eq!(wait.join().unwrap(), Some(ConnectionError::EngineStopped));
+        }
+    });
+    assert!(!pair.client.is_running());
+    assert!(block_on(pair.client.connect(pair.server.local_addr(), NAME)).is_err());
+    assert!(block_on(pair.client.accept()).is_none());
+}
+
+#[test]
+fn chunks_in_groups_and_who_the_peer_is() {
+    let _watchdog = Watchdog::new("chunks");
+    let pair = Pair::new();
+    block_on(async {
+        let (client, server) = pair.connect().await;
+        let identity = client.peer_identity().expect("the server showed a certificate");
+        assert_eq!(identity.certificate.names.dns(), [NAME]);
+        assert_eq!(identity.chain, client.peer_certificates().unwrap());
+        assert!(server.peer_identity().is_none());
+        let settled = server.handshake().unwrap();
+        assert!(settled.is_post_quantum() && client.handshake().unwrap().is_post_quantum());
+        assert_eq!(settled.server_name.as_deref(), Some(NAME));
+        assert_eq!(client.alpn().unwrap(), b"stoq-test");
+
+        let mut send = client.open_uni().await.unwrap();
+        send.set_priority(3);
+        assert_eq!(send.priority(), 3);
+        let mut chunks = [Bytes::from_static(b"one "), Bytes::new(), Bytes::from_static(b"three")];
+        assert_eq!(send.write_chunks(&mut chunks).await, Ok(3));
+        assert!(chunks.iter().all(Bytes::is_empty));
+        send.finish().unwrap();
+        let mut recv = server.accept_uni().await.unwrap();
+        let mut received = Vec::new();
+        let mut places = [const { Bytes::new() }; 4];
+        while let Some(filled) = recv.read_chunks(&mut places).await.unwrap() {
+            assert!(filled > 0);
+            received.extend(places[..filled].iter().flatten().copied());
+        }
+        assert_eq!(received, b"one three");
+        assert_eq!(recv.read_chunks(&mut places).await, Ok(None));
     });
     pair.wait_idle();
 }

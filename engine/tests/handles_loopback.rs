@@ -110,7 +110,7 @@ fn a_request_and_its_answer() {
         let (client, server) = pair.connect().await;
         assert_eq!(client.alpn().as_deref(), Some(&b"t"[..]));
         assert_eq!(server.server_name().as_deref(), Some("localhost"));
-        assert_eq!(client.peer_identity().expect("a chain").len(), 2);
+        assert_eq!(client.peer_identity().expect("a chain").chain.len(), 2);
         assert_eq!(client.remote_address(), pair.server.local_addr());
         let (mut send, mut recv) = client.open_bi().await.expect("opened");
         send.write_all(&pattern(100_000)).await.expect("written");

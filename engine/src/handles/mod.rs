@@ -205,10 +205,10 @@ impl HandleApp {
         for (_, conn) in self.conns.drain() {
             close_all(conn, reason);
         }
+        self.streams = 0;
         for reply in self.checkouts.drain() {
             let _nobody_waits = reply.send(Err(CheckoutError::Connect(reason.clone())));
         }
-        self.streams = 0;
         self.engine.shard_ended();
     }
 
@@ -602,14 +602,11 @@ impl ShardApp for HandleApp {
 
     fn handle_connected(&mut self, cx: &mut ShardCx<'_>, id: ConnId) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        let data = cx.proto.handshake_data(id);
         conn.shared.set_handshake(HandshakeInfo {
-            alpn: data.as_ref().and_then(|data| data.alpn.clone()),
-            server_name: data.and_then(|data| data.server_name),
+            settled: cx.proto.handshake_data(id),
             peer_certificates: cx.peer_certificates(id),
         });
         if cx.early_data_accepted(id) == Some(false) {
-            self.streams -= conn.streams.len();
             Self::reject_early_streams(conn);
         }
         Self::publish(cx, id, conn);

@@ -8,11 +8,17 @@ use super::{Conn, ConnRef, HandleApp, RecvEnd};
 use crate::app::{ConnId, ShardCx};
 use crate::connection::Connection;
 use crate::error::ConnectionError;
-use crate::pool::{Checkout, CheckoutError, Lease, PeerEndpoint, PoolEvent, PooledConnection, Replay};
+use crate::pool::{
+    Checkout, CheckoutError, Lease, PeerEndpoint, PoolEvent, PooledConnection, Replay,
+};
 
 /// What other threads ask of a shard's pool.
 pub(crate) enum PoolCommand {
-    Checkout { endpoint: PeerEndpoint, replay: Replay, reply: CheckoutReply },
+    Checkout {
+        endpoint: PeerEndpoint,
+        replay: Replay,
+        reply: CheckoutReply,
+    },
     CheckIn(Lease),
     WarmUp {
         endpoint: PeerEndpoint,
@@ -31,8 +37,7 @@ impl HandleApp {
             }
             PoolCommand::CheckIn(lease) => cx.check_in(lease),
             PoolCommand::WarmUp { endpoint, connections, reply } => {
-                let result =
-                    cx.pool_peer(&endpoint).and_then(|peer| cx.warm_up(peer, connections));
+                let result = cx.pool_peer(&endpoint).and_then(|peer| cx.warm_up(peer, connections));
                 let _nobody_waits = reply.send(result);
             }
         }

@@ -87,8 +87,7 @@ pub(crate) enum RecvEnd {
 /// What became known with the handshake.
 #[derive(Debug, Clone)]
 pub(crate) struct HandshakeInfo {
-    pub(crate) alpn: Option<Vec<u8>>,
-    pub(crate) server_name: Option<String>,
+    pub(crate) settled: Option<crate::certs::HandshakeInfo>,
     pub(crate) peer_certificates: Option<Vec<CertificateDer<'static>>>,
 }
 

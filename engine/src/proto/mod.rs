@@ -9,8 +9,8 @@ pub mod bbr;
 pub mod cid;
 pub(crate) mod congestion;
 mod connection;
-mod pooling;
 pub(crate) mod pacing;
+mod pooling;
 mod qlog;
 pub(crate) mod timers;
 
@@ -124,7 +124,15 @@ impl Protocol {
     pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
         let pools = pooling::pools(&setup);
         let ProtocolSetup {
-            config, identity, cid_key, shard, metrics, mailbox, mtu_bytes, seed, ..
+            config,
+            identity,
+            cid_key,
+            shard,
+            metrics,
+            mailbox,
+            mtu_bytes,
+            seed,
+            ..
         } = setup;
         let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
         let transport = Arc::new(config.quic(mtu_bytes, cc_seed, metrics.clone()));

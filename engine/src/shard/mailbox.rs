@@ -19,10 +19,12 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::HANDOFF_DATAGRAMS_MAX;
 use crate::datapath::RxDatagram;
-use crate::handles::{Command as HandleCommand, PoolCommand};
+use crate::handles::Command as HandleCommand;
 
 /// What another thread asks of a shard.
 pub(crate) enum Command {
+    /// For the async handles.
+    Handles(HandleCommand),
     /// For the application on the shard.
     App(Box<dyn Any + Send>),
     /// Start a connection for a handle.
@@ -32,8 +34,6 @@ pub(crate) enum Command {
         config: Option<quinn_proto::ClientConfig>,
         reply: crate::handles::ConnectReply,
     },
-    /// For the pool of the async handles.
-    Pool(PoolCommand),
     /// Stop: close everything with this code and reason by the deadline.
     Shutdown(ShutdownOrder),
 }
@@ -136,10 +136,10 @@ impl Mailbox {
         let taken = !self.inner.stopped.load(Ordering::SeqCst);
         if taken {
             self.inner.notices.push(notice);
+            self.note_waiting();
         }
         self.inner.pushing.fetch_sub(1, Ordering::SeqCst);
         if taken {
-            self.note_waiting();
             self.wake();
         }
     }

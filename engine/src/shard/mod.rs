@@ -32,7 +32,8 @@ use quinn_proto::{Event, StreamEvent, VarInt};
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
-    MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX,
+    RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -268,8 +269,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 }
             }
             // Handles queue their stream work; one pass serves a whole batch of it.
-            let pumped =
-                self.handles.pump(&mut handle_cx(&mut self.proto, &self.datapath, now));
+            let pumped = self.handles.pump(&mut handle_cx(&mut self.proto, &self.datapath, now));
             if !self.drive_pools(now) && !pumped {
                 return worked;
             }
@@ -373,7 +373,10 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             connection.close(now, APP_PANIC_CODE, Bytes::from_static(b"application panicked"));
         }
         // Reported once: a panic in `handle_closed` itself ends here.
-        self.tell_closed(now, id, Owner::App, &ConnectionError::AppPanicked);
+        if self.proto.report_closed(id) {
+            let reason = ConnectionError::AppPanicked;
+            self.call(now, Owner::App, Some(id), |app, cx| app.handle_closed(cx, id, &reason));
+        }
     }
 
     fn handle_incoming(&mut self, now: Instant, incoming: Incoming) {
@@ -477,8 +480,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             counters.turns_idle += 1;
         }
         self.proto.counters.connections = self.proto.live_connections() as u64;
-        self.proto.counters.tx_queue_connections = self.proto.tx_queue_len() as u64;
         self.proto.counters.streams = self.handles.streams() as u64;
+        self.proto.counters.tx_queue_connections = self.proto.tx_queue_len() as u64;
         self.metrics.publish(&self.proto.counters, &self.datapath.counters());
         if worked {
             self.proto.publish_pools();
@@ -502,6 +505,10 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     fn handle_command(&mut self, now: Instant, command: Command) {
         match command {
+            Command::Handles(command) => {
+                self.handles
+                    .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), command);
+            }
             Command::App(message) => {
                 self.call(now, Owner::App, None, |app, cx| app.handle_message(cx, message));
             }
@@ -521,10 +528,6 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 );
                 let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
                 self.handles.handle_connect_result(&mut cx, result, reply);
-            }
-            Command::Pool(command) => {
-                let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
-                self.handles.handle_pool_command(&mut cx, command);
             }
             Command::Shutdown(order) => self.begin_ending(now, order),
         }
@@ -570,8 +573,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     fn begin_ending(&mut self, now: Instant, order: ShutdownOrder) {
         self.proto.stop_accepting();
-        self.proto.stop_pools();
         self.handles.refuse_waiting(&mut handle_cx(&mut self.proto, &self.datapath, now));
+        self.proto.stop_pools();
         let close_at = now + order.grace;
         // A second order may only hurry.
         if let Some(ending) = &mut self.ending {
