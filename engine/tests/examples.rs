@@ -5,10 +5,14 @@
 mod datagrams;
 #[path = "../examples/echo.rs"]
 mod echo;
+#[path = "../examples/facade.rs"]
+mod facade;
 #[path = "../examples/file_transfer.rs"]
 mod file_transfer;
 #[path = "../examples/on_shard_service.rs"]
 mod on_shard_service;
+#[path = "../examples/pool.rs"]
+mod pool;
 
 #[test]
 fn datagrams_arrive() {
@@ -28,6 +32,16 @@ fn a_file_comes_whole() {
 #[test]
 fn the_service_on_the_shard_answers() {
     on_shard_service::main().expect("the example succeeds");
+}
+
+#[test]
+fn the_pool_finds_its_peer_again() {
+    pool::main().expect("the example succeeds");
+}
+
+#[test]
+fn the_facade_needs_one_type() {
+    facade::main().expect("the example succeeds");
 }
 
 #[test]

@@ -445,3 +445,14 @@ fn a_shutdown_is_told_on_both_sides() {
     let lost = wait(both.server.receive(&there));
     assert!(matches!(lost, Err(ReceiveError::ConnectionLost(_))), "{lost:?}");
 }
+
+#[test]
+fn a_shutdown_with_grace_does_not_wait_for_idle_connections() {
+    let both = Both::new("grace", "", "shutdown_grace_ms = 15000");
+    let (here, _there) = both.connect();
+    drop(here);
+    until("the lease is back", || both.client.stats().pool.idle == 1);
+    let start = Instant::now();
+    wait(both.client.shutdown());
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}

@@ -40,7 +40,8 @@ impl Protocol {
         token: u64,
         replay: Replay,
     ) -> Result<Checkout, CheckoutError> {
-        let replay_safe = replay == Replay::Safe && self.config.zero_rtt;
+        // Where 0-RTT is not allowed, no connection is ever early: see `join_pool`.
+        let replay_safe = replay == Replay::Safe;
         let conns = &self.conns;
         let is_open = |id: ConnId| {
             conns[id.slot as usize]
