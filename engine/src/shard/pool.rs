@@ -34,7 +34,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let Some((entry, endpoint)) = self.proto.pool(owner).next_connect() else { return false };
         let remote = endpoint.remote();
         let mtu_bytes = self.datapath.max_udp_payload(&remote);
-        let config = endpoint.profile().map(|profile| quinn_proto::ClientConfig::new(profile.tls()));
+        let config =
+            endpoint.profile().map(|profile| quinn_proto::ClientConfig::new(profile.tls()));
         let name = endpoint.server_name();
         match self.proto.connect(now, remote, mtu_bytes, name, config, owner) {
             Ok(conn) => {
