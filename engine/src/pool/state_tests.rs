@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::net::{Ipv6Addr, SocketAddrV6};
+use std::time::Duration;
 
 use rand::Rng;
 
