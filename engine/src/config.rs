@@ -475,8 +475,8 @@ impl TransportConfig {
                 frequency.ack_eliciting_threshold(VarInt::from_u32(10));
                 frequency
             }))
-            // The shard polls packet by packet; each gets a time stamp of its own.
-            .enable_segmentation_offload(false)
+            // The shard polls whole batches, over every datapath.
+            .enable_segmentation_offload(true)
             .congestion_controller_factory(Arc::new(GatedFactory {
                 inner: self.congestion_control.factory(initial_window, seed),
                 metrics,
