@@ -44,8 +44,18 @@ fn parse(stat: &str, ticks_per_s: f64) -> anyhow::Result<CpuTime> {
 /// # Errors
 /// When `/proc/self/statm` cannot be read.
 pub fn rss_bytes() -> anyhow::Result<u64> {
-    let statm = std::fs::read_to_string("/proc/self/statm").context("/proc/self/statm")?;
-    let pages: u64 = statm.split(' ').nth(1).context("/proc/self/statm is too short")?.parse()?;
+    rss_bytes_of("self")
+}
+
+/// Resident memory of a process, `self` or its number, bytes.
+///
+/// # Errors
+/// When there is no such process.
+pub fn rss_bytes_of(pid: &str) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/statm");
+    let statm = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+    let pages: u64 =
+        statm.split(' ').nth(1).with_context(|| format!("{path} is too short"))?.parse()?;
     Ok(pages * rustix::param::page_size() as u64)
 }
 

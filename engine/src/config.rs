@@ -30,6 +30,8 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
+pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
 pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
 /// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
@@ -40,8 +42,13 @@ pub const IDLE_CONNECTION_BYTES_MAX: u64 = 64 << 10;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Timers that one turn expires at most.
-pub const TIMERS_PER_TURN_MAX: usize = 1024;
+/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
+/// commands of either kind; whatever arrived behind them waits for the next turn.
+pub const HANDSHAKE_STEPS_MAX: usize = 3;
+/// Connections that a shutdown closes in one turn at most.
+pub const CLOSES_PER_TURN_MAX: usize = 128;
+/// Entries of the timer wheel that one turn expires or moves at most.
+pub const TIMERS_PER_TURN_MAX: usize = 128;
 /// Packets that one connection sends before the next connection has its turn.
 pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
 /// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
@@ -53,7 +60,7 @@ pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
 /// Connection attempts that one turn starts for a shard's pool at most.
-pub const POOL_CONNECTS_PER_TURN_MAX: usize = 64;
+pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
@@ -445,6 +452,11 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
+        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+            // Only links inside a machine carry so much, and those carry all of what their route
+            // says: a coarse search ends at exactly that, with a third of the probes.
+            discovery.minimum_change(upper_bound / 16);
+        }
         let mut quic = quinn_proto::TransportConfig::default();
         let initial_window = self.initial_window_packets * u64::from(initial_mtu);
         quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))

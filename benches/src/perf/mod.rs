@@ -1,6 +1,7 @@
 //! `stoq perf`: measurements, by the protocol of draft-banks-quic-performance-00 where there is QUIC.
 
 pub mod bulk;
+pub mod idle;
 pub mod raw;
 pub mod server;
 
@@ -19,6 +20,8 @@ enum Workload {
     Upload(bulk::Args),
     /// Bulk from the server to here.
     Download(bulk::Args),
+    /// Many connections that do next to nothing: what each of them costs.
+    Idle(idle::Args),
     /// Frames through the datapath with no QUIC: the ceiling.
     Raw(raw::Args),
 }
@@ -28,6 +31,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.workload {
         Workload::Upload(args) => bulk::run(&args, bulk::Direction::Upload),
         Workload::Download(args) => bulk::run(&args, bulk::Direction::Download),
+        Workload::Idle(args) => idle::run(&args),
         Workload::Raw(args) => raw::run(&args),
     }
 }

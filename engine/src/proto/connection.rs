@@ -155,6 +155,8 @@ pub(crate) struct Conn {
     pub(crate) tx_queued: bool,
     pub(crate) handshake_deadline: Option<Instant>,
     pub(crate) closed_reported: bool,
+    /// It was seen closed, and is counted so.
+    pub(crate) closing: bool,
     /// quinn-proto's endpoint has forgotten it.
     pub(crate) drained: bool,
     /// Its place in the owner's connection pool.
@@ -195,6 +197,7 @@ impl Conn {
             tx_queued: false,
             handshake_deadline: Some(handshake_deadline),
             closed_reported: false,
+            closing: false,
             drained: false,
             pool_entry: None,
             span,
