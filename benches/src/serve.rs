@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use bytes::Bytes;
 use clap::Args as ClapArgs;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
@@ -15,8 +16,9 @@ use stoq::config::TransportConfig;
 use stoq::engine::Engine;
 use stoq::error::ConnectionError;
 use stoq::{Dir, StreamId, VarInt};
+use stoq_measure::cpu::rss_bytes;
+use stoq_measure::wire::DatagramSink;
 
-use crate::cpu::rss_bytes;
 use crate::engine::{TransportArgs, datapath_words, stats_json, turns_json, xdp_json};
 use crate::hq::{FileChunk, FileReaders, HqStream};
 use crate::output;
@@ -146,7 +148,7 @@ fn wait_for_end(
 }
 
 fn print_stats(args: &Args, engine: &Engine) -> anyhow::Result<()> {
-    let (transport, rss_bytes) = (engine.transport_stats(), rss_bytes()?);
+    let (transport, rss_bytes) = (engine.transport_stats(), rss_bytes(None)?);
     let turns = turns_json(&transport);
     if args.transport.json {
         return output::json_line(&json!({
@@ -182,6 +184,7 @@ struct Service {
     readers: Option<FileReaders>,
     protocols: HashMap<ConnId, Protocol>,
     streams: HashMap<(ConnId, StreamId), Stream>,
+    datagrams: HashMap<ConnId, DatagramSink>,
 }
 
 impl Service {
@@ -249,8 +252,13 @@ impl ShardApp for Service {
     }
 
     fn handle_datagrams(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {
-        // The perf protocol's sink: datagrams are counted by the connection's statistics.
-        while cx.recv_datagram(conn).is_some() {}
+        let sink = self.datagrams.entry(conn).or_default();
+        while let Some(datagram) = cx.recv_datagram(conn) {
+            if let Some(echo) = sink.handle(&datagram) {
+                // Echoes are datagrams themselves: one that finds no room is lost like one.
+                let _may_be_lost = cx.send_datagram(conn, Bytes::copy_from_slice(&echo));
+            }
+        }
     }
 
     fn handle_message(&mut self, cx: &mut ShardCx<'_>, message: Box<dyn Any + Send>) {
@@ -264,6 +272,7 @@ impl ShardApp for Service {
 
     fn handle_closed(&mut self, _cx: &mut ShardCx<'_>, conn: ConnId, _reason: &ConnectionError) {
         self.protocols.remove(&conn);
+        self.datagrams.remove(&conn);
         self.streams.retain(|(owner, _), _| *owner != conn);
     }
 }

@@ -1,5 +1,6 @@
-//! What the XDP program and userspace share: the header decoder, the judgement
-//! of a packet, the layout of the maps, and the compiled objects.
+//! What the eBPF programs and userspace share: the header decoder, the judgement
+//! of a packet, the choice of a shard, the layout of the maps, and the compiled
+//! objects.
 //!
 //! ```text
 //!   programs/ (bpfel)                     userspace
@@ -28,6 +29,8 @@ pub mod maps;
 #[cfg(feature = "objects")]
 mod objects;
 pub mod quic;
+pub mod siphash;
+pub mod steer;
 
 pub use decode::{Address, Decoded, Packet, UdpDatagram, decode};
 pub use judge::{Tables, Verdict, judge};

@@ -18,7 +18,7 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::SystemClock;
-use crate::config::{POOL_EVENTS_QUEUED_MAX, TransportConfig};
+use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::connection::Connection;
 use crate::datapath::open::{self, Opened};
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
@@ -29,7 +29,7 @@ use crate::metrics::{
 };
 use crate::placement;
 use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
-use crate::proto::cid::CidKey;
+use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings, worker};
@@ -118,7 +118,6 @@ pub struct Builder {
     config: TransportConfig,
     identity: QuicIdentity,
     app: Option<AppFactory>,
-    cid_key: Option<CidKey>,
 }
 
 impl Builder {
@@ -153,10 +152,11 @@ impl Builder {
         self
     }
 
-    /// The key that hides shards in connection IDs; engines behind one balancer share it.
+    /// The key that hides servers and shards in connection IDs; engines behind one balancer share
+    /// it. The same as [`CidConfig::key`](crate::config::CidConfig::key).
     #[must_use]
     pub fn cid_key(mut self, key: CidKey) -> Self {
-        self.cid_key = Some(key);
+        self.config.cid.key = Some(key);
         self
     }
 
@@ -165,7 +165,7 @@ impl Builder {
     /// # Errors
     /// A setting, the datapath, a core or the system refused; nothing is left behind.
     pub fn start(self) -> Result<Engine, StartError> {
-        let Self { config, mut identity, app, cid_key } = self;
+        let Self { config, mut identity, app } = self;
         config.validate()?;
         let mut secret = [0; 64];
         aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
@@ -190,13 +190,14 @@ impl Builder {
             let _near_the_card = placement.node.map(prefer_node);
             open::open(&config)?
         };
+        let cids = Cids::new(CidTable::new(&config.cid, config.shards));
         let mailboxes: Arc<[Mailbox]> = (0..config.shards)
             .map(|_| Mailbox::new(config.mailbox_capacity))
             .collect::<std::io::Result<_>>()
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
-            siblings: Siblings { mailboxes, cid_key: cid_key.unwrap_or_else(CidKey::random) },
+            siblings: Siblings { mailboxes, cids },
             cores: placement.cores,
             config: Arc::new(config),
             identity,
@@ -252,6 +253,7 @@ impl Starter {
             reasons,
             xdp,
             rates: Mutex::default(),
+            cids: self.siblings.cids,
             exporter: None,
         };
         // An engine that started in part is dropped here, which ends its shards.
@@ -295,7 +297,7 @@ impl Starter {
         let setup = ProtocolSetup {
             config: self.config.clone(),
             identity: self.identity.clone(),
-            cid_key: self.siblings.cid_key.clone(),
+            cids: self.siblings.cids.clone(),
             shard,
             shards: self.config.shards,
             metrics: metrics.clone(),
@@ -358,6 +360,7 @@ pub struct Engine {
     reasons: Vec<String>,
     xdp: Option<open::XdpHandle>,
     rates: Mutex<RateWindow>,
+    cids: Cids,
     exporter: Option<MetricsServer>,
 }
 
@@ -578,6 +581,20 @@ impl Engine {
         })?;
         self.exporter = Some(exporter);
         Ok(self)
+    }
+
+    /// Makes `config` the configuration of connection IDs from now on: its key, server ID and rotation
+    /// bits, which must differ from the current ones. IDs of the configuration before it stay valid
+    /// until the next rotation; connections replace them as
+    /// [`lifetime_s`](CidConfig::lifetime_s) and migrations say. Give balancers the new configuration
+    /// first (draft-ietf-quic-load-balancers §3.1).
+    ///
+    /// # Errors
+    /// A value is out of range, the length is another, or the rotation bits are in use.
+    pub fn rotate_cids(&self, config: &CidConfig) -> Result<(), ConfigError> {
+        self.cids.rotate(config, |_| ())?;
+        tracing::info!(rotation = config.rotation, "connection IDs have a new configuration");
+        Ok(())
     }
 
     /// The XDP program's counters by name, where it runs.

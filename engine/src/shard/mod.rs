@@ -40,7 +40,7 @@ use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
 use crate::handles::HandleApp;
 use crate::metrics::ShardMetrics;
-use crate::proto::cid::{self, CidKey};
+use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{AppEvent, Gate, Owner, Protocol, tx_meta};
 use mailbox::{Command, Mailbox, ShutdownOrder};
 
@@ -73,7 +73,7 @@ struct Ending {
 #[derive(Clone)]
 pub(crate) struct Siblings {
     pub(crate) mailboxes: Arc<[Mailbox]>,
-    pub(crate) cid_key: CidKey,
+    pub(crate) cids: Cids,
 }
 
 /// One core's share of the engine. See the [module documentation](self).
@@ -164,9 +164,10 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn receive(&mut self, now: Instant) -> bool {
         self.proto.begin_handshake_steps();
         let mut worked = !self.unhandled.is_empty();
+        let cids = self.siblings.cids.table();
         while self.proto.handshakes_may_go_on() {
             let Some(datagram) = self.unhandled.pop_front() else { break };
-            self.route(now, datagram);
+            self.route(now, &cids, datagram);
         }
         if self.unhandled.is_empty() {
             self.datapath.receive(now, &mut self.rx);
@@ -178,7 +179,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
         for datagram in batch.drain() {
             if self.proto.handshakes_may_go_on() {
-                self.route(now, datagram);
+                self.route(now, &cids, datagram);
             } else {
                 self.unhandled.push_back(datagram);
             }
@@ -195,10 +196,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     }
 
     /// Mine, or another shard's by its connection ID.
-    fn route(&mut self, now: Instant, datagram: RxDatagram) {
-        let shards = self.siblings.mailboxes.len();
-        if shards > 1 {
-            match cid::owner(&self.siblings.cid_key, shards, &datagram.data) {
+    fn route(&mut self, now: Instant, cids: &CidTable, datagram: RxDatagram) {
+        if self.siblings.mailboxes.len() > 1 {
+            match cids.owner(&datagram.data) {
                 Some(owner) if owner == self.proto.shard_index() => {}
                 Some(owner) => return self.hand_over(owner, datagram),
                 None => {

@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use clap::Args as ClapArgs;
 use serde_json::{Value, json};
 use stoq::engine::Engine;
+use stoq_measure::cpu::{CpuTime, rss_bytes};
 
 use self::app::{IdleApp, Order, Shared};
 use self::server::Server;
 use crate::client::TrustArgs;
-use crate::cpu::{CpuTime, rss_bytes};
 use crate::engine::{TransportArgs, datapath_words, turns_json};
 use crate::{output, tls};
 
@@ -98,8 +98,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut server = start_server(args)?;
     let shared = Arc::new(Shared::new());
     let engine = start_client(args, &server, &shared)?;
-    let (ours_before, theirs_before) = (rss_bytes()?, server.rss_bytes()?);
-    let (start, cpu) = (Instant::now(), CpuTime::now()?);
+    let (ours_before, theirs_before) = (rss_bytes(None)?, server.rss_bytes()?);
+    let (start, cpu) = (Instant::now(), CpuTime::of(None)?);
 
     order(&engine, args.connections, |connections| Order::Connect {
         connections,
@@ -110,7 +110,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     wait_connected(&shared, args.connections as u64, limit)?;
     let handshakes_s = start.elapsed().as_secs_f64();
     let turns = (turns_json(&engine.transport_stats()), server.stats()?);
-    let (ours_connected, theirs_connected) = (rss_bytes()?, server.rss_bytes()?);
+    let (ours_connected, theirs_connected) = (rss_bytes(None)?, server.rss_bytes()?);
 
     let requests = (args.connections as f64 * args.requests_percent / 100.0).ceil() as usize;
     let over = Duration::from_secs_f64(args.seconds);
@@ -118,8 +118,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     std::thread::sleep(over);
     wait_answered(&shared, requests as u64);
 
-    let cpu = CpuTime::now()?.since(cpu);
-    let ours = Memory { before: ours_before, connected: ours_connected, held: rss_bytes()? };
+    let cpu = CpuTime::of(None)?.since(cpu);
+    let ours = Memory { before: ours_before, connected: ours_connected, held: rss_bytes(None)? };
     let theirs = match (theirs_before, theirs_connected, server.rss_bytes()?) {
         (Some(before), Some(connected), Some(held)) => Some(Memory { before, connected, held }),
         _ => None,

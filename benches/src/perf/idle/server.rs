@@ -81,7 +81,7 @@ impl Server {
             Self::Ours { child, .. } => Some(child.id()),
             Self::Other { pid, .. } => *pid,
         };
-        pid.map(|pid| crate::cpu::rss_bytes_of(&pid.to_string())).transpose()
+        pid.map(|pid| stoq_measure::cpu::rss_bytes(Some(pid))).transpose()
     }
 
     /// What `stoq serve` says of itself now; `None` for a server that was not started here.
