@@ -15,18 +15,19 @@ pub(crate) struct PreferredNode {
 }
 
 impl PreferredNode {
-    /// Prefers `node` until dropped.
+    /// Prefers `node` until dropped; one that does not exist leaves memory where the thread runs.
     ///
     /// # Errors
-    /// EINVAL: no such node. EPERM or ENOSYS: a sandbox forbids it, or the kernel has no NUMA.
+    /// EINVAL: a number that no kernel has. EPERM or ENOSYS: a sandbox forbids it, or the kernel has no NUMA.
     pub(crate) fn set(node: usize) -> io::Result<Self> {
         if node >= NODES_MAX {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let mut mask = [0u64; NODES_MAX / 64];
         mask[node / 64] |= 1 << (node % 64);
-        // SAFETY: the mask is `NODES_MAX` bits long and outlives the call; the kernel reads it only.
-        unsafe { set_mempolicy(MPOL_PREFERRED, mask.as_ptr(), NODES_MAX) }?;
+        // SAFETY: the mask is `NODES_MAX` bits long and outlives the call; the kernel reads it only,
+        // and one bit less than it is told (set_mempolicy(2), "Bugs").
+        unsafe { set_mempolicy(MPOL_PREFERRED, mask.as_ptr(), NODES_MAX + 1) }?;
         Ok(Self { _not_send: std::marker::PhantomData })
     }
 }
@@ -40,7 +41,7 @@ impl Drop for PreferredNode {
 }
 
 /// # Safety
-/// `mask` is null, or points to `nodes` readable bits.
+/// `mask` is null, or points to `nodes - 1` readable bits.
 unsafe fn set_mempolicy(mode: libc::c_int, mask: *const u64, nodes: usize) -> io::Result<()> {
     // SAFETY: the caller vouches for the mask; the kernel keeps no pointer to it.
     match unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, nodes) } {
@@ -72,7 +73,7 @@ mod tests {
             // A sandbox or a kernel without NUMA: said by the error, and nothing has changed.
             Err(error) => assert!(matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS))),
         }
-        let error = PreferredNode::set(NODES_MAX - 1).expect_err("no such node");
+        let error = PreferredNode::set(NODES_MAX).expect_err("beyond the mask");
         assert!(error.raw_os_error().is_some());
     }
 }
