@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sim::{Pair, PairConfig, Plan, Send, pattern};
 use stoq::app::{ShardApp, ShardCx};
-use stoq::clock::SimClock;
+use stoq::clock::{Clock, SimClock};
 use stoq::config::{
     CLOSES_PER_TURN_MAX, CongestionControl, HANDSHAKE_STEPS_MAX, RetryPolicy, TransportConfig,
 };
@@ -293,14 +293,21 @@ fn congestion_marks_slow_the_sender_without_loss() {
     }
 }
 
-/// Passes a host's turns on, and keeps the largest number of connections begun in one.
+/// Passes a host's turns on once it is back, and keeps the largest number of connections begun in
+/// one of them.
 struct Watched<'a> {
     host: &'a mut SimHost,
+    clock: SimClock,
+    /// Away until then: its packets wait.
+    back_at: std::time::Instant,
     begun_max: u64,
 }
 
 impl SimNode for Watched<'_> {
     fn turn(&mut self) -> Option<std::time::Instant> {
+        if self.clock.now() < self.back_at {
+            return Some(self.back_at);
+        }
         let begun = |counters: ShardCounters| counters.accepted + counters.connects;
         let before = begun(self.host.counters());
         let next = self.host.turn();
@@ -336,7 +343,9 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
     let mut client =
         SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd).expect("client");
     client.send_to_app(Box::new(CLIENTS));
-    let mut server = Watched { host: &mut server, begun_max: 0 };
+    // Long enough for every first flight to have arrived.
+    let back_at = clock.now() + Duration::from_millis(20);
+    let mut server = Watched { host: &mut server, clock: clock.clone(), back_at, begun_max: 0 };
     let until = Duration::from_secs(20);
     run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || {
         log.lock().expect("log").connected < CLIENTS
