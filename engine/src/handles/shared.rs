@@ -334,7 +334,7 @@ impl Slot {
 pub(crate) struct StatsCell {
     /// Odd while the shard writes.
     sequence: AtomicU64,
-    cells: [AtomicU64; 18],
+    cells: [AtomicU64; 21],
     published: AtomicCell<Option<Instant>>,
 }
 
@@ -362,7 +362,7 @@ impl StatsCell {
     pub(crate) fn read(&self) -> ConnectionStats {
         loop {
             let before = self.sequence.load(Acquire);
-            let mut values = [0; 18];
+            let mut values = [0; 21];
             for (cell, value) in self.cells.iter().zip(&mut values) {
                 *value = cell.load(Relaxed);
             }

@@ -19,6 +19,8 @@ use std::time::Instant;
 use quinn_proto::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::{Connection, RttEstimator};
 
+use super::bbr::{Bbr, BbrProbe};
+
 /// Packets up to this size do not count as in flight: an ACK-only packet is
 /// never acknowledged, and the difference is corrected with each ACK anyway.
 const UNTRACKED_PACKET_BYTES_MAX: u64 = 96;
@@ -33,6 +35,8 @@ pub(crate) struct CcState {
     pacing_rate_bytes_per_s: AtomicU64,
     /// Size of the path MTU probe under way, part of what quinn-proto calls in flight.
     probe_bytes: AtomicU64,
+    /// The view into a BBR controller; `None` for the others.
+    bbr: Option<BbrProbe>,
 }
 
 impl CcState {
@@ -62,6 +66,11 @@ impl CcState {
         self.cwnd_bytes.load(Relaxed)
     }
 
+    /// The view into a BBR controller, and the way to tell it what quinn-proto cannot.
+    pub(crate) fn bbr(&self) -> Option<&BbrProbe> {
+        self.bbr.as_ref()
+    }
+
     /// The controller's own pacing rate, if it has one.
     pub(crate) fn pacing_rate_bytes_per_s(&self) -> Option<u64> {
         match self.pacing_rate_bytes_per_s.load(Relaxed) {
@@ -79,7 +88,9 @@ pub(crate) struct Gated {
 
 impl Gated {
     fn new(inner: Box<dyn Controller>) -> Self {
-        let gated = Self { inner, state: Arc::default() };
+        // The trait shows a controller's type only by value: look at a copy, once per path.
+        let bbr = inner.clone_box().into_any().downcast::<Bbr>().ok().map(|bbr| bbr.probe());
+        let gated = Self { inner, state: Arc::new(CcState { bbr, ..CcState::default() }) };
         gated.publish();
         gated
     }
@@ -92,6 +103,11 @@ impl Gated {
     }
 
     fn publish(&self) {
+        if let Some(bbr) = &self.state.bbr {
+            self.state.cwnd_bytes.store(bbr.cwnd_bytes(), Relaxed);
+            self.state.pacing_rate_bytes_per_s.store(bbr.pacing_rate_bytes_per_s(), Relaxed);
+            return;
+        }
         let metrics = self.inner.metrics();
         self.state.cwnd_bytes.store(self.inner.window(), Relaxed);
         let rate = metrics.pacing_rate.map_or(0, |bits| bits / 8);

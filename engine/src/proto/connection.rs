@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use quinn_proto::{Connection, FrameStats};
 
 use super::Owner;
+use super::bbr::State;
 use super::congestion::{CcState, Gated};
 use super::pacing::Pacer;
 use crate::app::ConnId;
@@ -69,11 +70,17 @@ pub struct ConnectionStats {
     pub acks_sent: u64,
     /// ACK frames received.
     pub acks_received: u64,
+    /// BBR's state; `None` with another congestion control.
+    pub bbr_state: Option<State>,
+    /// BBR's bandwidth estimate (`max_bw`), bits of QUIC packets per second; 0 with another congestion control.
+    pub bandwidth_estimate_bps: u64,
+    /// BBR's `inflight_hi` (v3: `inflight_longterm`), bytes, once a probe has found it.
+    pub inflight_hi_bytes: Option<u64>,
 }
 
 impl ConnectionStats {
     /// As numbers, for publication to other threads; times in nanoseconds.
-    pub(crate) fn to_array(self) -> [u64; 18] {
+    pub(crate) fn to_array(self) -> [u64; 21] {
         [
             self.rtt.as_nanos() as u64,
             self.min_rtt.as_nanos() as u64,
@@ -93,14 +100,17 @@ impl ConnectionStats {
             self.udp_rx_datagrams,
             self.acks_sent,
             self.acks_received,
+            self.bbr_state.map_or(0, |state| state as u64 + 1),
+            self.bandwidth_estimate_bps,
+            self.inflight_hi_bytes.unwrap_or(u64::MAX),
         ]
     }
 
-    pub(crate) fn from_array(values: [u64; 18]) -> Self {
+    pub(crate) fn from_array(values: [u64; 21]) -> Self {
         let [rtt, min_rtt, cwnd_bytes, inflight_bytes, pacing_rate_bps, mtu, rest @ ..] = values;
         let [packets_sent, packets_lost, bytes_lost, congestion_events, probes, rest @ ..] = rest;
         let [black_holes, udp_tx_bytes, udp_tx_datagrams, udp_rx_bytes, rest @ ..] = rest;
-        let [udp_rx_datagrams, acks_sent, acks_received] = rest;
+        let [udp_rx_datagrams, acks_sent, acks_received, state, bandwidth_estimate_bps, hi] = rest;
         Self {
             rtt: Duration::from_nanos(rtt),
             min_rtt: Duration::from_nanos(min_rtt),
@@ -120,6 +130,9 @@ impl ConnectionStats {
             udp_rx_datagrams,
             acks_sent,
             acks_received,
+            bbr_state: state.checked_sub(1).map(|index| State::from_index(index as u8)),
+            bandwidth_estimate_bps,
+            inflight_hi_bytes: Some(hi).filter(|&hi| hi != u64::MAX),
         }
     }
 }
@@ -185,6 +198,9 @@ impl Conn {
             u64::try_from(cwnd * 1_250_000_000 / rtt_ns).unwrap_or(u64::MAX)
         });
         let packet = u64::from(self.inner.current_mtu());
+        if let Some(bbr) = self.cc.bbr() {
+            return (rate, bbr.send_quantum_bytes().max(packet));
+        }
         // 1 ms of rate within two packets and 64 kB (draft-ietf-ccwg-bbr, send_quantum).
         (rate, (rate / 1000).clamp(2 * packet, QUANTUM_BYTES_MAX.max(2 * packet)))
     }
@@ -219,6 +235,26 @@ impl Conn {
         };
         self.cc.set_gate(gate == Gate::Open);
         gate
+    }
+
+    /// Tells the controller what came of an attempt to send: `gate` is what
+    /// [`gate`](Self::gate) said before it, `sent` whether a packet left.
+    ///
+    /// BBR needs both: a sample taken while the application had nothing must not
+    /// lower the estimate, and a window that held nothing back must not grow.
+    pub(crate) fn note_attempt(&self, gate: Gate, sent: bool) {
+        let Some(bbr) = self.cc.bbr() else { return };
+        match gate {
+            Gate::Open if sent => bbr.set_app_limited(false),
+            Gate::Open => bbr.set_app_limited(true),
+            Gate::Window => bbr.set_cwnd_limited(),
+            Gate::Paced(_) => {}
+        }
+    }
+
+    /// BBR's state; `None` with another congestion control.
+    pub(crate) fn bbr_state(&self) -> Option<State> {
+        self.cc.bbr().map(|bbr| bbr.snapshot().state)
     }
 
     /// Opens the gate for the one packet that carries an owed ACK.
@@ -279,6 +315,7 @@ impl Conn {
 
     pub(crate) fn stats(&self) -> ConnectionStats {
         let stats = self.inner.stats();
+        let bbr = self.cc.bbr().map(super::bbr::BbrProbe::snapshot);
         ConnectionStats {
             rtt: stats.path.rtt,
             min_rtt: stats.path.min_rtt,
@@ -298,6 +335,9 @@ impl Conn {
             udp_rx_datagrams: stats.udp_rx.datagrams,
             acks_sent: stats.frame_tx.acks,
             acks_received: stats.frame_rx.acks,
+            bbr_state: bbr.map(|bbr| bbr.state),
+            bandwidth_estimate_bps: bbr.map_or(0, |bbr| bbr.max_bw_bytes_per_s.saturating_mul(8)),
+            inflight_hi_bytes: bbr.and_then(|bbr| bbr.inflight_hi_bytes),
         }
     }
 }

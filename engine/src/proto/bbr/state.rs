@@ -47,7 +47,7 @@ impl State {
         }
     }
 
-    pub(super) fn from_index(index: u8) -> Self {
+    pub(crate) fn from_index(index: u8) -> Self {
         const STATES: [State; 7] = [
             State::Startup,
             State::Drain,
