@@ -1,10 +1,11 @@
-//! `stoq`: serve, fetch and measure with the STOQ engine.
+//! `stoq`: examine the machine, serve, fetch and measure with the STOQ engine.
 
 // Modules of a binary: `pub` means "for the other modules".
 #![allow(unreachable_pub)]
 
 mod client;
 mod cpu;
+mod doctor;
 mod engine;
 mod get;
 mod hq;
@@ -26,6 +27,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Say what this machine can do, which datapath `auto` takes, and what costs speed.
+    Doctor(doctor::Args),
     /// Serve files (hq-interop) and the perf protocol.
     Serve(serve::Args),
     /// Fetch files by hq-interop.
@@ -41,6 +44,7 @@ fn main() -> std::process::ExitCode {
     output::init_logging();
     let done = |()| std::process::ExitCode::SUCCESS;
     let result = match cli.command {
+        Command::Doctor(args) => doctor::run(&args).map(done),
         Command::Serve(args) => serve::run(&args).map(done),
         Command::Get(args) => get::run(&args).map(done),
         Command::Perf(args) => perf::run(args).map(done),

@@ -16,6 +16,7 @@ use quinn_proto::{Dir, StreamId, VarInt};
 
 use crate::datapath::Datapath;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
+use crate::pool::{CheckoutError, Lease, PoolEvent};
 use crate::proto::{ConnectionStats, Owner, Protocol};
 use crate::shard::mailbox::{Command, Mailbox};
 
@@ -117,6 +118,22 @@ pub trait ShardApp: Send + 'static {
 
     /// The connection is over; its id is dead after this call. Called once per connection.
     fn handle_closed(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, reason: &ConnectionError) {}
+
+    /// The answer to a [`ShardCx::checkout`] that had to wait, with the caller's token.
+    fn handle_checkout(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        token: u64,
+        result: Result<Lease, CheckoutError>,
+    ) {
+        // Nobody wants the connection: it becomes idle.
+        if let Ok(lease) = result {
+            cx.check_in(lease);
+        }
+    }
+
+    /// Something happened to a peer of this shard's pool.
+    fn handle_pool_event(&mut self, cx: &mut ShardCx<'_>, event: &PoolEvent) {}
 
     /// A timer set by [`ShardCx::set_timer`] is due.
     fn handle_timer(&mut self, cx: &mut ShardCx<'_>, token: u64) {}

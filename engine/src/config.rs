@@ -4,6 +4,9 @@
 //! names the key, the value and the range. Sizes are in bytes, times in the
 //! unit that ends the name.
 
+mod pool;
+mod tls;
+
 use std::fmt;
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::sync::Arc;
@@ -14,8 +17,12 @@ use quinn_proto::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, VarInt};
 use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
+use crate::metrics::ShardMetrics;
 use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
+
+pub use pool::PoolConfig;
+pub use tls::TlsConfig;
 
 /// Largest UDP payload that QUIC over IPv6 can carry: 65535 less the UDP header (RFC 8200 §4.5 jumbograms excluded).
 pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
@@ -41,6 +48,10 @@ pub const TRANSPORTS_MAX: usize = 16;
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
+/// Connection attempts that one turn starts for a shard's pool at most.
+pub const POOL_CONNECTS_PER_TURN_MAX: usize = 64;
+/// Pool events that wait for async readers at most; the oldest go first and are counted.
+pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
 
@@ -208,8 +219,24 @@ pub struct TransportConfig {
     pub stream_receive_queue_bytes: usize,
     /// Idle pooled connections kept at most, over all shards.
     pub connection_pool_size: usize,
+    /// How the connection pool behaves.
+    pub pool: PoolConfig,
     /// Hand `Bytes` over by reference instead of copying.
     pub enable_zero_copy: bool,
+    /// [`StoqTransport::send`](crate::transport::StoqTransport::send) prefers an unreliable
+    /// datagram where the data fits one.
+    pub send_datagrams: bool,
+    /// Largest message that [`StoqTransport::receive`](crate::transport::StoqTransport::receive)
+    /// takes, bytes. 1 to 2^34.
+    pub message_size_max: usize,
+    /// How long [`StoqTransport::shutdown`](crate::transport::StoqTransport::shutdown) lets
+    /// streams go on, ms. 0 to 600000.
+    pub shutdown_grace_ms: u64,
+    /// Where Prometheus text is served over HTTP (`/metrics`); none: nowhere. It is not
+    /// authenticated: a loopback address unless the network is trusted.
+    pub metrics_address: Option<SocketAddrV6>,
+    /// TLS of [`StoqTransport::new`](crate::transport::StoqTransport::new).
+    pub tls: Option<TlsConfig>,
     /// Demand zero-copy AF_XDP: refuse to start in copy mode.
     pub require_zero_copy: bool,
     /// Allow AF_XDP in generic (SKB) mode where the driver has no native one.
@@ -255,7 +282,13 @@ impl Default for TransportConfig {
             stream_send_queue_bytes: 1 << 20,
             stream_receive_queue_bytes: 256 << 10,
             connection_pool_size: 100,
+            pool: PoolConfig::default(),
             enable_zero_copy: true,
+            send_datagrams: false,
+            message_size_max: 64 << 20,
+            shutdown_grace_ms: 5_000,
+            metrics_address: None,
+            tls: None,
             require_zero_copy: false,
             allow_skb_mode: false,
             qlog_dir: None,
@@ -322,6 +355,12 @@ impl TransportConfig {
         check("stream_send_queue_bytes", self.stream_send_queue_bytes as u64, 1, GIB)?;
         check("stream_receive_queue_bytes", self.stream_receive_queue_bytes as u64, 1, GIB)?;
         check("connection_pool_size", self.connection_pool_size, 0, 1 << 20)?;
+        self.pool.validate()?;
+        check("message_size_max", self.message_size_max as u64, 1, 16 * GIB)?;
+        check("shutdown_grace_ms", self.shutdown_grace_ms, 0, 600_000)?;
+        if let Some(tls) = &self.tls {
+            tls.validate()?;
+        }
         if !self.cores.is_empty() && self.cores.len() != self.shards {
             return Err(ConfigError {
                 key: "cores",
@@ -350,9 +389,20 @@ impl TransportConfig {
         Ok(())
     }
 
+    /// Bytes that may wait in all stream handles of one connection: four full streams, at most a
+    /// quarter of `receive_buffer_size`, of which it is a part.
+    pub(crate) fn handle_receive_queue_bytes(&self) -> u64 {
+        (self.stream_receive_queue_bytes as u64 * 4).min(self.receive_buffer_size / 4)
+    }
+
     /// The settings in quinn-proto's terms, for paths whose UDP payload is at most `mtu_bytes`;
-    /// `seed` feeds the random waits of congestion control.
-    pub(crate) fn quic(&self, mtu_bytes: u16, seed: u64) -> quinn_proto::TransportConfig {
+    /// `seed` feeds the random waits of congestion control, `metrics` takes its samples.
+    pub(crate) fn quic(
+        &self,
+        mtu_bytes: u16,
+        seed: u64,
+        metrics: Arc<ShardMetrics>,
+    ) -> quinn_proto::TransportConfig {
         let varint = |value: u64| VarInt::from_u64(value).expect("validated below 2^62");
         let upper_bound = match self.mtu_upper_bound_bytes {
             0 => mtu_bytes,
@@ -366,7 +416,8 @@ impl TransportConfig {
         quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
             .max_concurrent_uni_streams(varint(self.max_concurrent_streams))
             .send_window(self.send_buffer_size)
-            .receive_window(varint(self.receive_buffer_size))
+            // The queues of the stream handles are part of what was promised.
+            .receive_window(varint(self.receive_buffer_size - self.handle_receive_queue_bytes()))
             .stream_receive_window(varint(self.stream_receive_buffer_size))
             .datagram_receive_buffer_size(match self.max_datagram_size {
                 0 => None,
@@ -392,9 +443,10 @@ impl TransportConfig {
             }))
             // The shard polls packet by packet; each gets a time stamp of its own.
             .enable_segmentation_offload(false)
-            .congestion_controller_factory(Arc::new(GatedFactory(
-                self.congestion_control.factory(initial_window, seed, self.resume),
-            )));
+            .congestion_controller_factory(Arc::new(GatedFactory {
+                inner: self.congestion_control.factory(initial_window, seed, self.resume),
+                metrics,
+            }));
         quic
     }
 }

@@ -6,10 +6,10 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_channel::oneshot;
 use quinn_proto::{Dir, VarInt};
 use rustls_pki_types::CertificateDer;
 
+use crate::certs::{CertificateSummary, HandshakeInfo, PeerIdentity};
 use crate::error::{ConnectionError, SendDatagramError};
 use crate::handles::{ConnRef, halves};
 use crate::proto::ConnectionStats;
@@ -47,14 +47,9 @@ impl Connection {
 
     async fn open(&self, dir: Dir) -> Result<(SendStream, RecvStream), ConnectionError> {
         let shared = &self.inner.shared;
-        let (reply, answer) = oneshot::channel();
-        shared.opening[dir as usize].push(reply);
-        shared.notify();
-        if let Some(reason) = shared.closed() {
-            return Err(reason);
-        }
-        let gone = || shared.closed().unwrap_or(ConnectionError::EngineStopped);
-        let (id, stream) = answer.await.map_err(|_closed| gone())??;
+        let answer = shared.request_open(dir)?;
+        let gone = |_closed| shared.closed().unwrap_or(ConnectionError::EngineStopped);
+        let (id, stream) = answer.await.map_err(gone)?.claim();
         Ok(halves(&self.inner, id, stream))
     }
 
@@ -196,18 +191,34 @@ impl Connection {
     /// The negotiated application protocol.
     #[must_use]
     pub fn alpn(&self) -> Option<Vec<u8>> {
-        self.inner.shared.handshake()?.alpn.clone()
+        self.inner.shared.handshake()?.settled.as_ref()?.alpn.clone()
     }
 
     /// The name that the client asked for (server side).
     #[must_use]
     pub fn server_name(&self) -> Option<String> {
-        self.inner.shared.handshake()?.server_name.clone()
+        self.inner.shared.handshake()?.settled.as_ref()?.server_name.clone()
+    }
+
+    /// What the handshake settled: protocol, name and key exchange group. `None` with a TLS
+    /// implementation that does not say.
+    #[must_use]
+    pub fn handshake(&self) -> Option<HandshakeInfo> {
+        self.inner.shared.handshake()?.settled.clone()
+    }
+
+    /// Who the peer proved to be; `None` when it showed no certificate.
+    #[must_use]
+    pub fn peer_identity(&self) -> Option<PeerIdentity> {
+        let chain = self.peer_certificates()?;
+        // Verification has parsed it; only a verifier that accepts anything lets another through.
+        let certificate = CertificateSummary::parse(chain.first()?).ok()?;
+        Some(PeerIdentity { certificate, chain })
     }
 
     /// The peer's certificate chain, leaf first; `None` when it showed none.
     #[must_use]
-    pub fn peer_identity(&self) -> Option<Vec<CertificateDer<'static>>> {
+    pub fn peer_certificates(&self) -> Option<Vec<CertificateDer<'static>>> {
         self.inner.shared.handshake()?.peer_certificates.clone()
     }
 

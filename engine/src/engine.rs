@@ -2,14 +2,15 @@
 
 use std::any::Any;
 use std::net::SocketAddrV6;
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use crossbeam::queue::SegQueue;
+use crossbeam::queue::{ArrayQueue, SegQueue};
 use event_listener::Event;
 use futures_channel::oneshot;
 use quinn_proto::VarInt;
@@ -17,14 +18,17 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::SystemClock;
-use crate::config::TransportConfig;
+use crate::config::{POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::connection::Connection;
 use crate::datapath::open::{self, Opened};
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
-use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp};
-use crate::metrics::{ShardCounters, ShardMetrics};
+use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp, PoolCommand};
+use crate::metrics::{
+    MetricsServer, RateWindow, ShardCounters, ShardMetrics, TransportStats, prometheus,
+};
 use crate::placement;
+use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
 use crate::proto::cid::CidKey;
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
@@ -48,6 +52,10 @@ pub(crate) struct EngineShared {
     shards_running: AtomicUsize,
     ended: Event,
     next_shard: AtomicUsize,
+    connections_cut_off: AtomicU64,
+    streams_cut_off: AtomicU64,
+    pool_events: ArrayQueue<PoolEvent>,
+    pool_event: Event,
 }
 
 impl EngineShared {
@@ -59,6 +67,10 @@ impl EngineShared {
             offered: Event::new(),
             ended: Event::new(),
             next_shard: AtomicUsize::new(0),
+            connections_cut_off: AtomicU64::new(0),
+            streams_cut_off: AtomicU64::new(0),
+            pool_events: ArrayQueue::new(POOL_EVENTS_QUEUED_MAX),
+            pool_event: Event::new(),
         }
     }
 
@@ -69,7 +81,14 @@ impl EngineShared {
     /// Offers a client to whoever accepts.
     pub(crate) fn offer(&self, shard: usize, key: usize, remote: SocketAddrV6, validated: bool) {
         self.offers.push(Offer { shard, key, remote, validated });
-        self.offered.notify(1);
+        // Additional: a second client wakes a second waiter, though the first one has not run yet.
+        self.offered.notify_additional(1);
+    }
+
+    /// Adds to what the shutdown cut off; published by [`shard_ended`](Self::shard_ended).
+    pub(crate) fn note_cut_off(&self, connections: u64, streams: u64) {
+        self.connections_cut_off.fetch_add(connections, Relaxed);
+        self.streams_cut_off.fetch_add(streams, Relaxed);
     }
 
     pub(crate) fn shard_ended(&self) {
@@ -77,6 +96,14 @@ impl EngineShared {
         self.shards_running.fetch_sub(1, AcqRel);
         self.ended.notify(usize::MAX);
         self.offered.notify(usize::MAX);
+        self.pool_event.notify(usize::MAX);
+    }
+
+    /// Offers a pool's event to whoever reads; whether an older one had to go for it.
+    pub(crate) fn offer_pool_event(&self, event: PoolEvent) -> bool {
+        let dropped = self.pool_events.force_push(event);
+        self.pool_event.notify(1);
+        dropped.is_some()
     }
 
     fn is_running(&self) -> bool {
@@ -149,6 +176,12 @@ impl Builder {
             let salt = aws_lc_rs::hkdf::Salt::new(aws_lc_rs::hkdf::HKDF_SHA256, &[]);
             Arc::new(salt.extract(&secret[32..]))
         });
+        if let Some(directory) = &config.qlog_dir {
+            std::fs::create_dir_all(directory).map_err(|source| StartError::System {
+                what: "directory for qlog files (`qlog_dir`)",
+                source,
+            })?;
+        }
         let opened = open::open(&config)?;
         let mailboxes: Arc<[Mailbox]> = (0..config.shards)
             .map(|_| Mailbox::new(config.mailbox_capacity))
@@ -184,6 +217,7 @@ struct Starter {
 impl Starter {
     fn start(mut self, opened: Opened) -> Result<Engine, StartError> {
         let local = opened.local_addr();
+        let metrics_address = self.config.metrics_address;
         let reasons = opened.reasons.clone();
         let xdp = opened.xdp.clone();
         let result = match opened.datapaths {
@@ -195,13 +229,17 @@ impl Starter {
             shared: self.shared,
             threads: Mutex::new(self.threads),
             metrics: self.metrics,
-            capabilities: self.capabilities,
+            capabilities: self.capabilities.into(),
+            pool_width: self.config.pool.connections_per_peer_max,
             local,
             reasons,
             xdp,
+            rates: Mutex::default(),
+            exporter: None,
         };
         // An engine that started in part is dropped here, which ends its shards.
-        result.map(|()| engine)
+        result?;
+        engine.with_exporter(metrics_address)
     }
 
     fn spawn_all<D: Datapath + Send + 'static>(&mut self, paths: Vec<D>) -> Result<(), StartError> {
@@ -242,6 +280,8 @@ impl Starter {
             identity: self.identity.clone(),
             cid_key: self.siblings.cid_key.clone(),
             shard,
+            shards: self.config.shards,
+            metrics: metrics.clone(),
             mailbox: self.siblings.mailboxes[shard].clone(),
             mtu_bytes: datapath.max_udp_payload(&probe),
             seed,
@@ -295,10 +335,13 @@ pub struct Engine {
     shared: Arc<EngineShared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     metrics: Vec<Arc<ShardMetrics>>,
-    capabilities: Vec<Capabilities>,
+    capabilities: Arc<[Capabilities]>,
+    pool_width: usize,
     local: SocketAddrV6,
     reasons: Vec<String>,
     xdp: Option<open::XdpHandle>,
+    rates: Mutex<RateWindow>,
+    exporter: Option<MetricsServer>,
 }
 
 impl Engine {
@@ -373,6 +416,77 @@ impl Engine {
         Connecting { answer }
     }
 
+    /// Lends a connection to a peer from the pool; makes one, which concurrent callers share, where
+    /// none is open. A peer's connections live on as many shards as
+    /// `pool.connections_per_peer_max` allows, peers are spread over all. Cancel-safe.
+    ///
+    /// [`Replay::Safe`] allows 0-RTT: the connection may be lent before its handshake is complete.
+    ///
+    /// # Errors
+    /// The handshake failed, the peer's circuit is open, or a limit is reached.
+    pub async fn checkout(
+        &self,
+        endpoint: &PeerEndpoint,
+        replay: Replay,
+    ) -> Result<PooledConnection, CheckoutError> {
+        let shards = self.shared.mailboxes.len();
+        let (home, width) = pool::spread(endpoint, shards, self.pool_width);
+        let turn = if width > 1 { self.shared.next_shard.fetch_add(1, Relaxed) % width } else { 0 };
+        let (reply, answer) = oneshot::channel();
+        let command = PoolCommand::Checkout { endpoint: endpoint.clone(), replay, reply };
+        self.ask_pool((home + turn) % shards, command)?;
+        answer.await.unwrap_or(Err(CheckoutError::Connect(ConnectionError::EngineStopped)))
+    }
+
+    /// Keeps at least so many connections to a peer open from now on, over all shards; 0 ends it.
+    /// Returns when it is noted, not when they stand: see [`pool_event`](Self::pool_event).
+    ///
+    /// # Errors
+    /// The limits allow fewer, or a shard cannot be reached.
+    pub async fn warm_up(
+        &self,
+        endpoint: &PeerEndpoint,
+        connections: usize,
+    ) -> Result<(), CheckoutError> {
+        let shards = self.shared.mailboxes.len();
+        let (home, width) = pool::spread(endpoint, shards, self.pool_width);
+        for turn in 0..width {
+            let share = connections / width + usize::from(turn < connections % width);
+            let (reply, answer) = oneshot::channel();
+            let endpoint = endpoint.clone();
+            let command = PoolCommand::WarmUp { endpoint, connections: share, reply };
+            self.ask_pool((home + turn) % shards, command)?;
+            let stopped = Err(CheckoutError::Connect(ConnectionError::EngineStopped));
+            answer.await.unwrap_or(stopped)?;
+        }
+        Ok(())
+    }
+
+    fn ask_pool(&self, shard: usize, command: PoolCommand) -> Result<(), CheckoutError> {
+        let command = Command::Handles(HandleCommand::Pool(command));
+        self.shared.mailboxes[shard].push(command).map_err(|_refused| {
+            let stopped = self.shared.mailboxes[shard].is_stopped();
+            let error = if stopped { ConnectError::EngineStopped } else { ConnectError::Busy };
+            CheckoutError::Connect(ConnectionError::NotStarted(error))
+        })
+    }
+
+    /// The next event of the pool: connections made, lost and awaited, circuits that open and
+    /// close. `None` when the engine has ended. The oldest of 1024 unread ones is dropped and counted
+    /// ([`PoolCounters::events_dropped`](crate::metrics::PoolCounters)). Cancel-safe.
+    pub async fn pool_event(&self) -> Option<PoolEvent> {
+        loop {
+            let listener = self.shared.pool_event.listen();
+            if let Some(event) = self.shared.pool_events.pop() {
+                return Some(event);
+            }
+            if !self.shared.is_running() {
+                return None;
+            }
+            listener.await;
+        }
+    }
+
     /// The next client that knocks; `None` when the engine has ended. Cancel-safe.
     pub async fn accept(&self) -> Option<Incoming> {
         loop {
@@ -417,6 +531,38 @@ impl Engine {
             .collect()
     }
 
+    /// Everything that the shards publish, as one value; rates are those since it was read before,
+    /// or of the last second. Costs the shards nothing.
+    #[must_use]
+    pub fn transport_stats(&self) -> TransportStats {
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        rates.read(std::time::Instant::now(), self.metrics.iter().map(Arc::as_ref))
+    }
+
+    /// The statistics as Prometheus text, as `metrics_address` serves them.
+    #[must_use]
+    pub fn prometheus(&self) -> String {
+        prometheus::render(self.metrics.iter().map(Arc::as_ref).zip(self.capabilities.iter()))
+    }
+
+    /// Where metrics are served, when `metrics_address` asked for it.
+    #[must_use]
+    pub fn metrics_addr(&self) -> Option<SocketAddrV6> {
+        self.exporter.as_ref().map(MetricsServer::local_addr)
+    }
+
+    fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
+        let Some(address) = address else { return Ok(self) };
+        let (metrics, capabilities) = (self.metrics.clone(), self.capabilities.clone());
+        let render =
+            move || prometheus::render(metrics.iter().map(Arc::as_ref).zip(capabilities.iter()));
+        let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {
+            StartError::System { what: "listener for metrics (`metrics_address`)", source }
+        })?;
+        self.exporter = Some(exporter);
+        Ok(self)
+    }
+
     /// The XDP program's counters by name, where it runs.
     ///
     /// # Errors
@@ -428,7 +574,7 @@ impl Engine {
     /// Stops accepting, lets streams go on for `grace`, closes what is left with `code` and
     /// `reason`, and waits for the end. Connections that had to be cut off are reported.
     pub async fn shutdown(self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
-        let before = self.order_shutdown(grace, code, reason);
+        let connections_at_order = self.order_shutdown(grace, code, reason);
         loop {
             let listener = self.shared.ended.listen();
             if !self.shared.is_running() {
@@ -437,17 +583,27 @@ impl Engine {
             listener.await;
         }
         self.join();
-        before
+        self.report(connections_at_order)
     }
 
     /// As [`shutdown`](Self::shutdown), blocking this thread.
     pub fn shutdown_blocking(self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
-        let report = self.order_shutdown(grace, code, reason);
+        let connections_at_order = self.order_shutdown(grace, code, reason);
         self.join();
-        report
+        self.report(connections_at_order)
     }
 
-    fn order_shutdown(&self, grace: Duration, code: VarInt, reason: &[u8]) -> ShutdownReport {
+    /// Valid once every shard has ended.
+    fn report(&self, connections_at_order: u64) -> ShutdownReport {
+        ShutdownReport {
+            connections_at_order,
+            connections_cut_off: self.shared.connections_cut_off.load(Relaxed),
+            streams_cut_off: self.shared.streams_cut_off.load(Relaxed),
+        }
+    }
+
+    /// Orders every shard to end; returns the connections that exist.
+    fn order_shutdown(&self, grace: Duration, code: VarInt, reason: &[u8]) -> u64 {
         let connections = self.stats().iter().map(|stats| stats.shard.connections).sum();
         let order = ShutdownOrder { code, reason: Bytes::copy_from_slice(reason), grace };
         for mailbox in self.shared.mailboxes.iter() {
@@ -461,7 +617,7 @@ impl Engine {
                 std::thread::yield_now();
             }
         }
-        ShutdownReport { connections_at_order: connections }
+        connections
     }
 
     fn join(&self) {
@@ -487,8 +643,13 @@ impl Drop for Engine {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ShutdownReport {
-    /// Connections that existed when the order was given.
+    /// Connections that existed when the order was given, draining ones included.
     pub connections_at_order: u64,
+    /// Connections that were still open at the deadline and were closed by the shutdown.
+    pub connections_cut_off: u64,
+    /// Streams of those connections whose sending half was not finished and acknowledged: the
+    /// peer may lack a part of their data.
+    pub streams_cut_off: u64,
 }
 
 /// A connection attempt; resolves when the handshake is complete. Dropped, it is abandoned.

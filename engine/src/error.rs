@@ -42,12 +42,22 @@ pub enum ConnectionError {
         /// The limit that was exceeded, ms.
         timeout_ms: u64,
     },
+    /// The server refused the early data of this stream; the connection itself stands.
+    #[error("the server refused early data; send it again on a new stream")]
+    EarlyDataRejected,
     /// Our own application closed the connection.
     #[error("closed by this application")]
     ClosedLocally,
-    /// The engine shut down or its shard stopped.
+    /// The engine was shut down.
     #[error("the engine was shut down")]
     EngineStopped,
+    /// The datapath beneath the connection cannot go on, and its shard has stopped; the text
+    /// says what happened and what to do.
+    #[error("the datapath failed: {0}")]
+    DatapathFailed(String),
+    /// The application on the shard panicked in a call about this connection.
+    #[error("the application on the shard panicked; the connection was closed")]
+    AppPanicked,
     /// The attempt could not start.
     #[error(transparent)]
     NotStarted(#[from] ConnectError),
@@ -137,6 +147,9 @@ pub enum ReadError {
     /// The stream was stopped before.
     #[error("the stream was stopped before")]
     ClosedStream,
+    /// The server refused the early data that this stream carried; send it again.
+    #[error("the server refused early data")]
+    ZeroRttRejected,
     /// The connection is gone.
     #[error("connection lost: {0}")]
     ConnectionLost(#[from] ConnectionError),

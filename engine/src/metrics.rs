@@ -3,46 +3,77 @@
 //! The shard is the only writer; readers take relaxed loads from another core and
 //! cost the shard nothing but the cache line's return.
 
+mod histogram;
+pub(crate) mod prometheus;
+mod server;
+mod stats;
+
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crossbeam::utils::CachePadded;
 
 use crate::datapath::DatapathCounters;
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident,)+) => {
-        /// Counters of one shard, as plain numbers; totals since the engine started.
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-        #[non_exhaustive]
-        pub struct ShardCounters { $($(#[$doc])* pub $name: u64,)+ }
+pub(crate) use histogram::Histogram;
+pub use histogram::LatencySummary;
+#[cfg(test)]
+pub(crate) use histogram::Merged;
+pub use server::MetricsServer;
+pub(crate) use stats::RateWindow;
+pub use stats::{Copies, ShardReport, TransportStats};
 
-        impl ShardCounters {
+/// Published cells of a type whose fields are all `u64`, and iteration over its fields.
+macro_rules! cells {
+    ($type:ident as $cells:ident: $($name:ident: $help:expr,)+) => {
+        #[derive(Debug, Default)]
+        struct $cells { $($name: AtomicU64,)+ }
+
+        impl $cells {
+            fn store(&self, counters: &$type) {
+                // Relaxed: each value stands for itself; no other memory is published with it.
+                $(self.$name.store(counters.$name, Relaxed);)+
+            }
+
+            fn load(&self) -> $type {
+                $type { $($name: self.$name.load(Relaxed),)+ }
+            }
+        }
+
+        impl $type {
             /// Every counter with its name.
             pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$((stringify!($name), self.$name),)+].into_iter()
             }
 
-            /// Adds another shard's counters.
+            /// Every counter with its name and what it counts.
+            pub(crate) fn described(
+                &self,
+            ) -> impl Iterator<Item = (&'static str, &'static str, u64)> {
+                [$((stringify!($name), $help, self.$name),)+].into_iter()
+            }
+
+            /// Adds another one's counters.
             pub fn add(&mut self, other: &Self) { $(self.$name += other.$name;)+ }
-        }
-
-        #[derive(Debug, Default)]
-        struct Cells { $($name: AtomicU64,)+ }
-
-        impl Cells {
-            fn store(&self, counters: &ShardCounters) {
-                // Relaxed: each value stands for itself; no other memory is published with it.
-                $(self.$name.store(counters.$name, Relaxed);)+
-            }
-
-            fn load(&self) -> ShardCounters {
-                ShardCounters { $($name: self.$name.load(Relaxed),)+ }
-            }
         }
     };
 }
 
+macro_rules! counters {
+    ($(#[$type_doc:meta])* $type:ident as $cells:ident {
+        $($(#[doc = $doc:literal])+ $name:ident,)+
+    }) => {
+        $(#[$type_doc])*
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct $type { $($(#[doc = $doc])+ pub $name: u64,)+ }
+
+        cells! { $type as $cells: $($name: concat!($($doc),+),)+ }
+    };
+}
+
 counters! {
+    /// Counters of one shard, as plain numbers; totals since the engine started.
+    ShardCounters as ShardCells {
     /// Turns taken.
     turns,
     /// Turns that found nothing to do.
@@ -93,47 +124,97 @@ counters! {
     tx_owed_acks,
     /// Commands from handles.
     commands,
+    /// Streams that async handles hold now.
+    streams,
+    /// Connection attempts whose handle was dropped before the handshake ended.
+    attempts_abandoned,
+    /// Calls into the shard's application that panicked.
+    app_panics,
+    /// Packets that wait for room or for their turn to be sent, now: connections with more to send.
+    tx_queue_connections,
+    /// Bytes that the handles' small writes were copied to become larger ones.
+    handle_copied_bytes,
+    }
+}
+
+counters! {
+    /// What a connection pool did and holds; the first six are present numbers, the others totals.
+    PoolCounters as PoolCells {
+    /// Peers that the pool remembers.
+    peers,
+    /// Connections that can be lent, now.
+    connections,
+    /// Of these, unused ones.
+    idle,
+    /// Leases that are out, now.
+    leases,
+    /// Handshakes under way, now.
+    connecting,
+    /// Callers that wait for one, now.
+    waiters,
+    /// Checkouts that got a connection at once.
+    hits,
+    /// Checkouts that had to wait, share a handshake, or were refused.
+    misses,
+    /// Handshakes started.
+    handshakes,
+    /// Misses that shared a handshake under way.
+    handshakes_saved,
+    /// Handshakes that failed.
+    handshakes_failed,
+    /// Established connections lost, other than by our own closing them.
+    lost,
+    /// Reconnects scheduled without a caller.
+    reconnects,
+    /// Connections closed for having been idle too long.
+    evicted_idle,
+    /// Connections closed because more than `connection_pool_size` were idle.
+    evicted_full,
+    /// Checkouts refused by an open circuit.
+    refused_by_circuit,
+    /// Circuits that opened.
+    circuits_opened,
+    /// Events that no asynchronous reader took in time.
+    events_dropped,
+    }
+}
+
+cells! {
+    DatapathCounters as DatapathCells:
+    rx_datagrams: "Datagrams handed to the shard.",
+    rx_bytes: "Their UDP payload bytes.",
+    rx_slow_path: "Datagrams that came through the kernel's socket instead of the rings.",
+    rx_drop_malformed: "Not a well-formed Ethernet, IPv6 and UDP packet.",
+    rx_drop_checksum: "Wrong UDP checksum, or none.",
+    rx_drop_not_ours: "Not addressed to our port or address.",
+    rx_drop_too_long: "Longer than any datagram that is accepted.",
+    rx_drop_overrun: "A ring or a socket buffer was full.",
+    tx_datagrams: "Datagrams accepted for sending.",
+    tx_bytes: "Their UDP payload bytes.",
+    tx_drop_too_large: "Larger than the interface carries.",
+    tx_drop_no_route: "No route to the peer.",
+    tx_drop_neighbor: "The next hop's address is unknown.",
+    tx_drop_link_down: "The interface is down.",
+    tx_drop_io: "The kernel refused it.",
+    system_calls: "System calls made to receive, to kick and to send.",
+    copied_bytes: "Bytes copied between packet memory and the engine's buffers.",
 }
 
 /// What a shard publishes; shared with readers.
 #[derive(Debug, Default)]
 pub(crate) struct ShardMetrics {
-    shard: CachePadded<Cells>,
+    shard: CachePadded<ShardCells>,
     datapath: CachePadded<DatapathCells>,
-}
-
-macro_rules! datapath_cells {
-    ($($name:ident,)+) => {
-        #[derive(Debug, Default)]
-        struct DatapathCells { $($name: AtomicU64,)+ }
-
-        impl DatapathCells {
-            fn store(&self, counters: &DatapathCounters) {
-                $(self.$name.store(counters.$name, Relaxed);)+
-            }
-
-            fn load(&self) -> DatapathCounters {
-                DatapathCounters { $($name: self.$name.load(Relaxed),)+ }
-            }
-        }
-
-        impl DatapathCounters {
-            /// Every counter with its name.
-            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
-                [$((stringify!($name), self.$name),)+].into_iter()
-            }
-
-            /// Adds another datapath's counters.
-            pub fn add(&mut self, other: &Self) { $(self.$name += other.$name;)+ }
-        }
-    };
-}
-
-datapath_cells! {
-    rx_datagrams, rx_bytes, rx_slow_path, rx_drop_malformed, rx_drop_checksum,
-    rx_drop_not_ours, rx_drop_too_long, rx_drop_overrun, tx_datagrams, tx_bytes,
-    tx_drop_too_large, tx_drop_no_route, tx_drop_neighbor, tx_drop_link_down,
-    tx_drop_io, system_calls, copied_bytes,
+    /// Of the code on the shard and of the handles.
+    pools: CachePadded<[PoolCells; 2]>,
+    /// Round-trip times, one sample per ACK that acknowledges something new, ns.
+    pub(crate) rtt_ns: Histogram,
+    /// How long the oldest command waited each time that the mailbox was emptied, ns.
+    pub(crate) mailbox_wait_ns: Histogram,
+    /// Datagrams received per turn that received any.
+    pub(crate) rx_batch: Histogram,
+    /// Packets sent per turn that sent any.
+    pub(crate) tx_batch: Histogram,
 }
 
 impl ShardMetrics {
@@ -142,12 +223,23 @@ impl ShardMetrics {
         self.datapath.store(datapath);
     }
 
+    pub(crate) fn publish_pool(&self, index: usize, pool: &PoolCounters) {
+        self.pools[index].store(pool);
+    }
+
     pub(crate) fn shard(&self) -> ShardCounters {
         self.shard.load()
     }
 
     pub(crate) fn datapath(&self) -> DatapathCounters {
         self.datapath.load()
+    }
+
+    /// Both pools together.
+    pub(crate) fn pool(&self) -> PoolCounters {
+        let mut sum = self.pools[0].load();
+        sum.add(&self.pools[1].load());
+        sum
     }
 }
 

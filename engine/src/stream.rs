@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -72,6 +72,30 @@ impl SendStream {
         .await
     }
 
+    /// Writes chunks by reference as far as the queue has room; waits until it has some. Chunks
+    /// that were taken are left empty. Returns their number. Cancel-safe: a dropped future has
+    /// taken nothing.
+    ///
+    /// # Errors
+    /// The stream or the connection can take no more.
+    pub async fn write_chunks(&mut self, chunks: &mut [Bytes]) -> Result<usize, WriteError> {
+        poll_fn(|cx| {
+            let mut taken = 0;
+            for chunk in &mut *chunks {
+                match self.poll_ready(cx) {
+                    Poll::Ready(Ok(())) => self.push(std::mem::take(chunk)),
+                    Poll::Ready(Err(error)) if taken == 0 => return Poll::Ready(Err(error)),
+                    Poll::Pending if taken == 0 => return Poll::Pending,
+                    // What was taken is reported first; an error comes again with the next call.
+                    Poll::Ready(Err(_)) | Poll::Pending => break,
+                }
+                taken += 1;
+            }
+            Poll::Ready(Ok(taken))
+        })
+        .await
+    }
+
     /// Marks the end of the stream: nothing more can be written. Returns at once;
     /// [`stopped`](Self::stopped) tells when the peer has acknowledged everything.
     ///
@@ -95,6 +119,7 @@ impl SendStream {
         }
         self.closed = true;
         self.shared.request_reset(code);
+        self.shared.end_event.notify(usize::MAX);
         self.conn.shared.notify_stream(self.id, &self.shared);
         Ok(())
     }
@@ -105,8 +130,22 @@ impl SendStream {
         self.conn.shared.notify_stream(self.id, &self.shared);
     }
 
+    /// Whether the peer has acknowledged all data and the finish. Stays true when the connection
+    /// is lost afterwards; while false, nobody on this side knows how much arrived.
+    #[must_use]
+    pub fn is_acknowledged(&self) -> bool {
+        self.shared.acknowledged.load(Acquire)
+    }
+
+    /// What [`set_priority`](Self::set_priority) set; 0 at the start.
+    #[must_use]
+    pub fn priority(&self) -> i32 {
+        self.shared.priority.load(Acquire)
+    }
+
     /// Waits for the stream's end: `None` when the peer has acknowledged all data and the
-    /// finish, or the code with which it asked to stop. Cancel-safe.
+    /// finish (or this side reset the stream before), or the code with which it asked to stop.
+    /// Cancel-safe.
     ///
     /// # Errors
     /// The connection was lost before: the peer may or may not have everything.
@@ -116,8 +155,11 @@ impl SendStream {
             if let Some(code) = self.shared.stopped_code() {
                 return Ok(Some(code));
             }
-            if self.shared.acknowledged.load(Acquire) {
+            if self.shared.acknowledged.load(Acquire) || self.shared.reset_request().is_some() {
                 return Ok(None);
+            }
+            if self.shared.is_early_rejected() {
+                return Err(ConnectionError::EarlyDataRejected);
             }
             if let Some(reason) = self.conn.shared.closed() {
                 return Err(reason);
@@ -134,6 +176,9 @@ impl SendStream {
     fn check_open(&self) -> Result<(), WriteError> {
         if let Some(code) = self.shared.stopped_code() {
             return Err(WriteError::Stopped(code));
+        }
+        if self.shared.is_early_rejected() {
+            return Err(WriteError::ZeroRttRejected);
         }
         if let Some(reason) = self.conn.shared.closed() {
             return Err(WriteError::ConnectionLost(reason));
@@ -161,6 +206,7 @@ impl SendStream {
         let queued = self.shared.send_queued_bytes.load(Acquire);
         let room = self.conn.shared.send_queue_bytes.saturating_sub(queued).max(1);
         let taken = data.len().min(room);
+        self.conn.shared.copied_bytes.fetch_add(taken as u64, Relaxed);
         self.push(Bytes::copy_from_slice(&data[..taken]));
         Poll::Ready(Ok(taken))
     }
@@ -221,6 +267,24 @@ impl RecvStream {
         poll_fn(|cx| self.poll_chunk(cx, bytes_max)).await
     }
 
+    /// The next chunks in order, without copying, as many as wait and `chunks` has places for;
+    /// waits for the first one. Returns their number; `None` at the end. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`read_chunk`](Self::read_chunk).
+    pub async fn read_chunks(&mut self, chunks: &mut [Bytes]) -> Result<Option<usize>, ReadError> {
+        let Some((first, others)) = chunks.split_first_mut() else { return Ok(Some(0)) };
+        let Some(chunk) = self.read_chunk(usize::MAX).await? else { return Ok(None) };
+        *first = chunk;
+        let mut filled = 1;
+        for place in others {
+            let Some(chunk) = self.conn.shared.pop_received(self.id, &self.shared) else { break };
+            *place = chunk;
+            filled += 1;
+        }
+        Ok(Some(filled))
+    }
+
     /// Copies the next bytes into `buffer`; `None` at the end. Cancel-safe.
     ///
     /// # Errors
@@ -261,6 +325,7 @@ impl RecvStream {
         self.ended = true;
         self.rest.clear();
         self.shared.request_stop(code);
+        self.conn.shared.discard_received(self.id, &self.shared);
         self.conn.shared.notify_stream(self.id, &self.shared);
         Ok(())
     }
@@ -276,12 +341,14 @@ impl RecvStream {
         bytes_max: usize,
     ) -> Poll<Result<Option<Bytes>, ReadError>> {
         for registered in [false, true] {
-            // The end is read before the queue: it is set after the last chunk was pushed.
+            // The ends are read before the queue: they are set after the last chunk was pushed,
+            // and the connection's before the stream's.
+            let closed = self.conn.shared.closed();
             let end = self.shared.recv_end();
             if self.rest.is_empty()
-                && let Some(chunk) = self.shared.recv_queue.pop()
+                && !self.ended
+                && let Some(chunk) = self.conn.shared.pop_received(self.id, &self.shared)
             {
-                self.on_taken(chunk.len());
                 self.rest = chunk;
             }
             if !self.rest.is_empty() {
@@ -301,6 +368,7 @@ impl RecvStream {
                     return Poll::Ready(Err(ReadError::Reset(code)));
                 }
                 Some(RecvEnd::Unknown) => return Poll::Ready(Err(ReadError::ClosedStream)),
+                Some(RecvEnd::Rejected) => return Poll::Ready(Err(ReadError::ZeroRttRejected)),
                 Some(RecvEnd::Lost) => {
                     let reason = self.conn.shared.closed();
                     let reason = reason.unwrap_or(ConnectionError::EngineStopped);
@@ -308,27 +376,19 @@ impl RecvStream {
                 }
                 None => {}
             }
-            if let Some(reason) = self.conn.shared.closed()
+            // Closed for good before the queue was looked at, and the stream has no end of its own
+            // (seen twice: the shard sets the connection's end first).
+            if let Some(reason) = closed
                 && registered
             {
                 return Poll::Ready(Err(ReadError::ConnectionLost(reason)));
             }
             if !registered {
                 self.shared.recv_waker.register(cx.waker());
+                self.conn.shared.await_received(self.id, &self.shared);
             }
         }
         Poll::Pending
-    }
-
-    /// Lets the shard read on once half of the queue is free again.
-    fn on_taken(&self, bytes: usize) {
-        let before = self.shared.recv_queued_bytes.fetch_sub(bytes, AcqRel);
-        let left = before - bytes;
-        if left < self.conn.shared.recv_queue_bytes / 2
-            && self.shared.recv_blocked.swap(false, AcqRel)
-        {
-            self.conn.shared.notify_stream(self.id, &self.shared);
-        }
     }
 }
 
@@ -338,6 +398,7 @@ impl Drop for RecvStream {
             self.shared.request_stop(VarInt::from_u32(0));
             self.conn.shared.notify_stream(self.id, &self.shared);
         }
+        self.conn.shared.discard_received(self.id, &self.shared);
     }
 }
 
@@ -386,5 +447,42 @@ impl futures_io::AsyncRead for RecvStream {
             chunk.copy_to_slice(&mut buffer[..len]);
             len
         })))
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl tokio::io::AsyncWrite for SendStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Self::poll_write(self.get_mut(), cx, data).map_err(broken)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        futures_io::AsyncWrite::poll_flush(self, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        futures_io::AsyncWrite::poll_close(self, cx)
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl tokio::io::AsyncRead for RecvStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        if buffer.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let chunk = ready!(self.get_mut().poll_chunk(cx, buffer.remaining())).map_err(broken)?;
+        if let Some(chunk) = chunk {
+            buffer.put_slice(&chunk);
+        }
+        Poll::Ready(Ok(()))
     }
 }

@@ -3,6 +3,8 @@
 //! Every test runs in a thread of its own, which may change its namespace or
 //! system call filter for good.
 
+mod common;
+
 use std::fs::File;
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd};
@@ -10,6 +12,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use common::seccomp::forbid_io_uring;
 use stoq::datapath::io_uring::IoUringDatapath;
 use stoq::datapath::socket::SocketDatapath;
 use stoq::datapath::udp_socket::{SocketConfig, SocketError};
@@ -299,32 +302,6 @@ fn source_address_socket() {
 #[test]
 fn source_address_io_uring() {
     isolated(|| source_address_is_ours_to_choose(IoUringDatapath::open));
-}
-
-/// Makes `io_uring_setup` fail with `errno` in the calling thread, for good.
-fn forbid_io_uring(errno: u32) {
-    let statement =
-        |code: u32, value: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k: value };
-    let mut filter = [
-        // The system call's number is the first word of struct seccomp_data.
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
-        libc::sock_filter {
-            code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
-            jt: 0,
-            jf: 1,
-            k: libc::SYS_io_uring_setup as u32,
-        },
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: plain flags; no memory is passed.
-    let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: `program` points to `filter`, and both outlive the call, which copies them.
-    let result =
-        unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
-    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 #[test]

@@ -113,7 +113,8 @@ fn bidirectional_bulk_with_small_windows_does_not_stall() {
     assert!(done, "stalled: {:?}", pair.client_log.lock().expect("log").received_bytes);
     let rate = 2.0 * len as f64 * 8.0 / elapsed / 1e6;
     println!("{rate:.0} Mbit/s both ways");
-    assert!(rate > 100.0, "{rate:.0} Mbit/s: ACKs wait behind data");
+    // 407 with the gate that opens for an owed ACK, 131 without.
+    assert!(rate > 280.0, "{rate:.0} Mbit/s: ACKs wait behind data");
 }
 
 #[test]

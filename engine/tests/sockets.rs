@@ -348,6 +348,7 @@ over_both! {
     refuses_ipv4(config());
     survives_churn(few_buffers());
     keeps_going_when_slots_run_out(few_buffers());
+    frees_its_port_at_once(config());
 }
 
 #[test]
@@ -418,6 +419,17 @@ fn dropping_with_work_under_way_is_clean() {
         }
         flush_all(&mut near);
     }
+}
+
+/// A server that ends and starts again must get its port: at once, not when the kernel
+/// has torn down a ring.
+fn frees_its_port_at_once<D: Datapath>(mut near: D, mut far: D) {
+    let remote = far.local_addr();
+    send(&mut near, &to(remote), &pattern(1200, 0));
+    flush_all(&mut near);
+    collect(&mut far, 1, 16);
+    drop(far);
+    UdpSocket::bind(remote).unwrap_or_else(|error| panic!("{remote} is still taken: {error}"));
 }
 
 #[test]

@@ -48,6 +48,7 @@ pub use names::{CertificateSummary, IdentityNames};
 pub use pem::{certificates_from_file, private_key_from_file, revocation_lists_from_file};
 pub use rotation::{IdentityBuilder, RotatingIdentity, RotationEvent, RotationStatus};
 pub use schedule::Alarm;
+pub(crate) use session::KeyUpdates;
 pub use session::{HandshakeInfo, PeerIdentity, explain_peer_alert};
 pub use shared_keys::{SHARED_SECRET_SIZE_BYTES, SharedKeys};
 pub use tickets::TicketKeys;

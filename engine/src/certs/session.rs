@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use quinn_proto::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn_proto::crypto::{
@@ -21,6 +22,27 @@ use super::fault::{CertificateFault, FaultCounters};
 use super::names::CertificateSummary;
 use super::provider;
 
+/// Counts the changes of a connection's packet protection keys (RFC 9001 §6). Clones count together.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct KeyUpdates(Arc<AtomicU64>);
+
+impl KeyUpdates {
+    pub(crate) fn count(&self) -> u64 {
+        // quinn-proto makes each generation one update ahead, the first with the handshake.
+        // Relaxed: a statistic.
+        self.0.load(Relaxed).saturating_sub(1)
+    }
+}
+
+// A counter is no part of what a handshake settled.
+impl PartialEq for KeyUpdates {
+    fn eq(&self, _other: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for KeyUpdates {}
+
 /// What a handshake settled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HandshakeInfo {
@@ -30,6 +52,7 @@ pub struct HandshakeInfo {
     pub server_name: Option<String>,
     /// Key exchange group; [`NamedGroup::X25519MLKEM768`] is post-quantum.
     pub group: Option<NamedGroup>,
+    pub(crate) key_updates: KeyUpdates,
 }
 
 impl HandshakeInfo {
@@ -44,6 +67,7 @@ impl HandshakeInfo {
                 alpn: data.protocol,
                 server_name: data.server_name,
                 group: None,
+                key_updates: KeyUpdates::default(),
             }),
         }
     }
@@ -124,7 +148,7 @@ impl ServerConfig for ObservedServerConfig {
         params: &TransportParameters,
     ) -> Box<dyn Session> {
         let inner = Arc::clone(&self.inner).start_session(version, params);
-        Box::new(ObservedSession { inner, group: None, context: self.context.clone() })
+        Box::new(ObservedSession::new(inner, self.context.clone()))
     }
 }
 
@@ -142,14 +166,21 @@ impl ClientConfig for ObservedClientConfig {
         params: &TransportParameters,
     ) -> Result<Box<dyn Session>, ConnectError> {
         let inner = Arc::clone(&self.inner).start_session(version, server_name, params)?;
-        Ok(Box::new(ObservedSession { inner, group: None, context: self.context.clone() }))
+        Ok(Box::new(ObservedSession::new(inner, self.context.clone())))
     }
 }
 
 struct ObservedSession {
     inner: Box<dyn Session>,
     group: Option<NamedGroup>,
+    key_updates: KeyUpdates,
     context: SessionContext,
+}
+
+impl ObservedSession {
+    fn new(inner: Box<dyn Session>, context: SessionContext) -> Self {
+        Self { inner, group: None, key_updates: KeyUpdates::default(), context }
+    }
 }
 
 impl ObservedSession {
@@ -193,6 +224,7 @@ impl Session for ObservedSession {
             alpn: data.protocol,
             server_name: data.server_name,
             group: self.group,
+            key_updates: self.key_updates.clone(),
         }))
     }
 
@@ -232,6 +264,7 @@ impl Session for ObservedSession {
     }
 
     fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
+        self.key_updates.0.fetch_add(1, Relaxed);
         self.inner.next_1rtt_keys()
     }
 

@@ -103,7 +103,13 @@ fn open_best(config: &TransportConfig) -> Result<Opened, StartError> {
             choice.kind
         }
         None => {
-            reasons.push("not af_xdp: no interface is named, and AF_XDP binds to one".into());
+            reasons.push(match &interface {
+                None => "not af_xdp: no interface is named, and AF_XDP binds to one".to_owned(),
+                Some(name) => format!(
+                    "not af_xdp: {name} is not under /sys/class/net; is the name right, and is \
+                     /sys mounted in this network namespace?"
+                ),
+            });
             DatapathKind::IoUring
         }
     };
@@ -146,7 +152,7 @@ fn open_best(config: &TransportConfig) -> Result<Opened, StartError> {
 /// The interface that owns the bound address, where a single one is bound.
 fn interface_of(config: &TransportConfig) -> Option<String> {
     let wanted = format!("{:032x}", config.bind.ip().to_bits());
-    let text = std::fs::read_to_string("/proc/net/if_inet6").ok()?;
+    let text = std::fs::read_to_string("/proc/thread-self/net/if_inet6").ok()?;
     let line = text.lines().find(|line| line.starts_with(&wanted))?;
     line.split_whitespace().nth(5).map(str::to_owned)
 }

@@ -88,7 +88,7 @@ const CAPABILITIES: [(u32, &str, &str); 5] = [
 
 /// The capabilities that count; `CAP_SYS_ADMIN` stands for `CAP_BPF`, as in the kernel.
 pub(super) fn privileges() -> Vec<Privilege> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     privileges_of(&status)
 }
 

@@ -9,11 +9,13 @@
 //! over budget, and the shard stops reading a stream whose reader is behind, so
 //! that QUIC's flow control stops the peer.
 
+mod pool;
 mod shared;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::task::{Context, Wake, Waker};
 
 use bytes::{Bytes, BytesMut};
 use futures_channel::oneshot;
@@ -25,23 +27,32 @@ use crate::app::{ConnId, Incoming as RawIncoming, ReadOutcome, ShardApp, ShardCx
 use crate::connection::Connection;
 use crate::engine::EngineShared;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
+use crate::pool::{CheckoutError, Lease, PoolEvent};
+use crate::shard::mailbox::Mailbox;
 use crate::stream::{RecvStream, SendStream};
 
+pub(crate) use pool::{CheckoutReply, PoolCommand};
 pub(crate) use shared::{
-    ConnRef, ConnShared, HandshakeInfo, OpenReply, RecvEnd, StreamShared, encode_code,
+    ConnRef, ConnShared, HandshakeInfo, OpenedStream, RecvEnd, StreamShared, encode_code,
 };
 
 /// Small writes are gathered up to this size: quinn-proto's send buffer is searched linearly.
 const COALESCE_BYTES: usize = 16 * 1024;
 /// Chunks up to this size are copied into a gathered one; larger ones go by reference.
 const COALESCE_CHUNK_BYTES_MAX: usize = 8 * 1024;
+/// What a waiting reader gets although other streams' readers have filled the connection's queue.
+const WAITING_READER_BYTES_MIN: usize = 16 * 1024;
 
 /// What handles ask of their shard.
 pub(crate) enum Command {
     /// Something of this connection is dirty.
     Dirty(ConnId),
+    /// The handle of this connection attempt was dropped.
+    Abandoned(ConnId),
     /// What to do with a client that knocked.
     Incoming { key: usize, decision: Decision },
+    /// For the connection pool.
+    Pool(PoolCommand),
 }
 
 /// The application's answer to a client that knocked.
@@ -56,10 +67,27 @@ pub(crate) enum Decision {
 pub(crate) struct ConnectReply(pub(crate) oneshot::Sender<Result<Connection, ConnectionError>>);
 
 impl ConnectReply {
+    /// Whether the handle was dropped already.
+    pub(crate) fn is_canceled(&self) -> bool {
+        self.0.is_canceled()
+    }
+
     /// The attempt could not even start.
     pub(crate) fn fail(self, error: ConnectError) {
         // The caller may have dropped its future: nobody is left to tell.
         let _nobody_waits = self.0.send(Err(ConnectionError::NotStarted(error)));
+    }
+}
+
+/// Wakes the shard when the handle of a connection attempt is dropped.
+struct AttemptDropped {
+    mailbox: Mailbox,
+    id: ConnId,
+}
+
+impl Wake for AttemptDropped {
+    fn wake(self: Arc<Self>) {
+        self.mailbox.notify(Command::Abandoned(self.id));
     }
 }
 
@@ -73,11 +101,23 @@ struct Stream {
     recv_over: bool,
 }
 
+impl Stream {
+    /// Nothing more is sent: what is queued is dropped, whoever waits is told.
+    fn end_send(&mut self) {
+        self.pending = None;
+        self.send_over = true;
+        while self.shared.send_queue.pop().is_some() {}
+        self.shared.wake_all_senders();
+    }
+}
+
 struct Conn {
     shared: Arc<ConnShared>,
     connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
+    /// The pool's own handle.
+    pooled: Option<Arc<ConnRef>>,
     streams: FxHashMap<StreamId, Stream>,
-    opening: [VecDeque<oneshot::Sender<OpenReply>>; 2],
+    opening: [VecDeque<oneshot::Sender<OpenedStream>>; 2],
 }
 
 /// The shard's end of all handles.
@@ -85,8 +125,11 @@ pub(crate) struct HandleApp {
     engine: Arc<EngineShared>,
     conns: FxHashMap<ConnId, Conn>,
     incoming: Slab<RawIncoming>,
+    /// Callers that wait for a pooled connection.
+    checkouts: Slab<CheckoutReply>,
     dirty: Vec<ConnId>,
     gather: BytesMut,
+    streams: usize,
 }
 
 impl HandleApp {
@@ -95,15 +138,19 @@ impl HandleApp {
             engine,
             conns: FxHashMap::default(),
             incoming: Slab::new(),
+            checkouts: Slab::new(),
             dirty: Vec::new(),
             gather: BytesMut::new(),
+            streams: 0,
         }
     }
 
     pub(crate) fn handle_command(&mut self, cx: &mut ShardCx<'_>, command: Command) {
         match command {
             Command::Dirty(conn) => self.dirty.push(conn),
+            Command::Abandoned(conn) => self.abandon_attempt(cx, conn),
             Command::Incoming { key, decision } => self.decide(cx, key, decision),
+            Command::Pool(command) => self.handle_pool_command(cx, command),
         }
     }
 
@@ -131,9 +178,26 @@ impl HandleApp {
         reply: ConnectReply,
     ) {
         match result {
-            Ok(id) => self.register(cx, id, reply.0),
+            Ok(id) => self.insert(cx, id, Some(reply.0)),
             Err(error) => reply.fail(error),
         }
+    }
+
+    /// Streams that handles hold now.
+    pub(crate) fn streams(&self) -> usize {
+        self.streams
+    }
+
+    /// Refuses every client that still waits for the application's answer.
+    pub(crate) fn refuse_waiting(&mut self, cx: &mut ShardCx<'_>) {
+        for incoming in self.incoming.drain() {
+            cx.refuse(incoming);
+        }
+    }
+
+    /// Notes what a shutdown cut off.
+    pub(crate) fn note_cut_off(&self, connections: u64, streams: u64) {
+        self.engine.note_cut_off(connections, streams);
     }
 
     /// Tells everything that is left that the shard is gone.
@@ -141,14 +205,40 @@ impl HandleApp {
         for (_, conn) in self.conns.drain() {
             close_all(conn, reason);
         }
+        self.streams = 0;
+        for reply in self.checkouts.drain() {
+            let _nobody_waits = reply.send(Err(CheckoutError::Connect(reason.clone())));
+        }
         self.engine.shard_ended();
+    }
+
+    /// Nobody waits for this handshake any more: it ends here, the peer is told.
+    fn abandon_attempt(&mut self, cx: &mut ShardCx<'_>, id: ConnId) {
+        // Connected meanwhile: the reply carried the handle, whose drop closes the connection.
+        if self.conns.get(&id).is_none_or(|conn| conn.connecting.is_none()) {
+            return;
+        }
+        cx.proto.counters.attempts_abandoned += 1;
+        cx.close(id, VarInt::from_u32(0), Bytes::new());
+        cx.proto.report_closed(id);
+        self.forget(id, &ConnectionError::ClosedLocally);
+    }
+
+    /// Drops a connection's entry and tells its handles.
+    fn forget(&mut self, id: ConnId, reason: &ConnectionError) {
+        if let Some(conn) = self.conns.remove(&id) {
+            self.streams -= conn.streams.len();
+            close_all(conn, reason);
+        }
     }
 
     fn decide(&mut self, cx: &mut ShardCx<'_>, key: usize, decision: Decision) {
         let Some(incoming) = self.incoming.try_remove(key) else { return };
         match decision {
+            // A handle dropped before its turn came is a refusal.
+            Decision::Accept(reply) if reply.is_canceled() => cx.refuse(incoming),
             Decision::Accept(reply) => match cx.accept(incoming) {
-                Ok(id) => self.register(cx, id, reply),
+                Ok(id) => self.insert(cx, id, Some(reply)),
                 Err(error) => {
                     let _nobody_waits = reply.send(Err(error));
                 }
@@ -164,13 +254,17 @@ impl HandleApp {
         }
     }
 
-    fn register(
+    fn insert(
         &mut self,
         cx: &mut ShardCx<'_>,
         id: ConnId,
-        reply: oneshot::Sender<Result<Connection, ConnectionError>>,
+        mut connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
     ) {
         let mailbox = self.engine.mailbox(cx.shard());
+        let dropped = Waker::from(Arc::new(AttemptDropped { mailbox: mailbox.clone(), id }));
+        let canceled = connecting.as_mut().is_some_and(|reply| {
+            reply.poll_canceled(&mut Context::from_waker(&dropped)).is_ready()
+        });
         let config = cx.proto.config();
         let shared = Arc::new(ConnShared::new(
             id,
@@ -178,15 +272,20 @@ impl HandleApp {
             cx.remote(id).expect("the connection was just made"),
             config.stream_send_queue_bytes,
             config.stream_receive_queue_bytes,
+            config.handle_receive_queue_bytes() as usize,
             config.datagram_send_buffer_size,
         ));
         let conn = Conn {
             shared,
-            connecting: Some(reply),
+            connecting,
+            pooled: None,
             streams: FxHashMap::default(),
             opening: Default::default(),
         };
         self.conns.insert(id, conn);
+        if canceled {
+            self.abandon_attempt(cx, id);
+        }
     }
 
     /// Everything that handles asked of one connection.
@@ -200,25 +299,23 @@ impl HandleApp {
             while let Some(reply) = shared.opening[dir as usize].pop() {
                 conn.opening[dir as usize].push_back(reply);
             }
-            Self::open_streams(cx, id, conn, dir);
+            Self::open_streams(cx, id, conn, dir, &mut self.streams);
         }
+        cx.proto.counters.handle_copied_bytes += shared.copied_bytes.swap(0, Relaxed);
         while let Some(stream) = shared.dirty_streams.pop() {
             let Some(entry) = conn.streams.get_mut(&stream) else { continue };
             entry.shared.dirty.swap(false, AcqRel);
             Self::serve_send(cx, id, stream, entry, &mut self.gather);
             Self::serve_stop(cx, id, stream, entry);
-            Self::serve_recv(cx, id, stream, entry);
-            Self::release(conn, stream);
+            Self::serve_recv(cx, id, stream, entry, &shared);
+            Self::release(conn, stream, &mut self.streams);
         }
         Self::serve_datagrams(cx, id, conn);
         if let Some((code, reason)) = shared.close_request() {
             cx.close(id, code, reason);
-            let reason = ConnectionError::ClosedLocally;
             cx.proto.report_closed(id);
-            if let Some(conn) = self.conns.remove(&id) {
-                close_all(conn, &reason);
-            }
-            return;
+            cx.proto.pool_closed(cx.now, id, &ConnectionError::ClosedLocally);
+            return self.forget(id, &ConnectionError::ClosedLocally);
         }
         if shared.update_keys.swap(false, Relaxed) {
             cx.update_keys(id);
@@ -226,7 +323,13 @@ impl HandleApp {
         Self::publish(cx, id, conn);
     }
 
-    fn open_streams(cx: &mut ShardCx<'_>, id: ConnId, conn: &mut Conn, dir: Dir) {
+    fn open_streams(
+        cx: &mut ShardCx<'_>,
+        id: ConnId,
+        conn: &mut Conn,
+        dir: Dir,
+        streams: &mut usize,
+    ) {
         while let Some(front) = conn.opening[dir as usize].front() {
             if front.is_canceled() {
                 conn.opening[dir as usize].pop_front();
@@ -234,16 +337,22 @@ impl HandleApp {
             }
             let Some(stream) = cx.open(id, dir) else { return };
             let reply = conn.opening[dir as usize].pop_front().expect("front() saw it");
-            let shared = Self::add_stream(conn, stream, dir == Dir::Uni);
-            // A reply that nobody takes drops the handles, which close the stream as always.
-            let _dropped_handles_close = reply.send(Ok((stream, shared)));
+            let shared = Self::add_stream(conn, stream, dir == Dir::Uni, streams);
+            // A reply that nobody takes is dropped, here or with its future, and abandons the stream.
+            let _dropped_stream_closes =
+                reply.send(OpenedStream::new(conn.shared.clone(), stream, shared));
         }
     }
 
     /// `send_only`: we opened it and it is unidirectional.
-    fn add_stream(conn: &mut Conn, stream: StreamId, send_only: bool) -> Arc<StreamShared> {
+    fn add_stream(
+        conn: &mut Conn,
+        stream: StreamId,
+        send_only: bool,
+        streams: &mut usize,
+    ) -> Arc<StreamShared> {
         let shared = Arc::new(StreamShared::default());
-        shared.set_recv_budget(conn.shared.recv_queue_bytes);
+        *streams += 1;
         let entry = Stream {
             shared: shared.clone(),
             pending: None,
@@ -256,9 +365,10 @@ impl HandleApp {
     }
 
     /// Forgets a stream of which both directions are over.
-    fn release(conn: &mut Conn, stream: StreamId) {
+    fn release(conn: &mut Conn, stream: StreamId, streams: &mut usize) {
         if conn.streams.get(&stream).is_some_and(|s| s.send_over && s.recv_over) {
             conn.streams.remove(&stream);
+            *streams -= 1;
         }
     }
 
@@ -276,8 +386,7 @@ impl HandleApp {
         let shared = entry.shared.clone();
         if let Some(code) = shared.reset_request() {
             cx.reset(id, stream, code);
-            entry.pending = None;
-            entry.send_over = true;
+            entry.end_send();
             return;
         }
         let priority = shared.priority.load(Relaxed);
@@ -285,9 +394,9 @@ impl HandleApp {
             cx.set_priority(id, stream, priority);
         }
         loop {
-            let Some(chunk) = entry.pending.take().or_else(|| next_chunk(&shared, gather)) else {
-                break;
-            };
+            let copied = &mut cx.proto.counters.handle_copied_bytes;
+            let chunk = entry.pending.take().or_else(|| next_chunk(&shared, gather, copied));
+            let Some(chunk) = chunk else { break };
             let mut chunks = [chunk];
             let outcome = cx.write(id, stream, &mut chunks);
             let [rest] = chunks;
@@ -303,27 +412,31 @@ impl HandleApp {
                     entry.pending = Some(rest);
                     break;
                 }
-                WriteOutcome::Stopped(code) => {
-                    shared.stopped.store(encode_code(code), Release);
-                    shared.wake_all_senders();
-                    return;
-                }
-                WriteOutcome::Unknown => {
-                    entry.send_over = true;
-                    shared.wake_all_senders();
-                    return;
-                }
+                WriteOutcome::Stopped(code) => return Self::stop_send(cx, id, stream, entry, code),
+                WriteOutcome::Unknown => return entry.end_send(),
             }
         }
         shared.send_waker.wake();
         let drained = entry.pending.is_none() && shared.send_queue.is_empty();
         if drained && shared.finish_requested.load(Acquire) && !entry.finish_sent {
             entry.finish_sent = true;
-            if !cx.finish(id, stream) {
-                entry.send_over = true;
-                shared.wake_all_senders();
-            }
+            // `false`: the peer has stopped the stream, and handle_stopped follows in this turn.
+            let _stopped = cx.finish(id, stream);
         }
+    }
+
+    /// The peer wants no more: what is queued is dropped and the stream reset with the peer's
+    /// code (RFC 9000 §3.5), which frees it at both ends.
+    fn stop_send(
+        cx: &mut ShardCx<'_>,
+        id: ConnId,
+        stream: StreamId,
+        entry: &mut Stream,
+        code: VarInt,
+    ) {
+        entry.shared.stopped.store(encode_code(code), Release);
+        cx.reset(id, stream, code);
+        entry.end_send();
     }
 
     fn serve_stop(cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId, entry: &mut Stream) {
@@ -337,50 +450,59 @@ impl HandleApp {
     }
 
     /// Moves received chunks towards the reader while its queue has room.
-    fn serve_recv(cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId, entry: &mut Stream) {
+    fn serve_recv(
+        cx: &mut ShardCx<'_>,
+        id: ConnId,
+        stream: StreamId,
+        entry: &mut Stream,
+        conn: &ConnShared,
+    ) {
         let shared = &entry.shared;
         if entry.recv_over {
             return;
         }
-        let Some(budget) = shared.recv_budget() else { return };
-        let room = budget.saturating_sub(shared.recv_queued_bytes.load(Acquire));
-        if room == 0 {
-            shared.recv_blocked.store(true, Release);
-            // The reader may have emptied the queue between the two lines above.
-            if shared.recv_queued_bytes.load(Acquire) >= budget {
-                return;
-            }
-            shared.recv_blocked.store(false, Release);
-            return Self::serve_recv(cx, id, stream, entry);
-        }
-        let outcome = cx.read(id, stream, room, |bytes| {
-            shared.recv_queued_bytes.fetch_add(bytes.len(), AcqRel);
-            shared.recv_queue.push(bytes);
-        });
-        match outcome {
-            ReadOutcome::Blocked => {}
-            ReadOutcome::MayHaveMore => {
-                shared.recv_blocked.store(true, Release);
-                if shared.recv_queued_bytes.load(Acquire) < budget / 2 {
-                    // Read away while we were reading: nobody else would call us.
-                    shared.recv_blocked.store(false, Release);
-                    return Self::serve_recv(cx, id, stream, entry);
+        // Each lap either ends or reads something, and the reader's own queue bounds that.
+        let end = loop {
+            let room = recv_room(conn, shared);
+            if room == 0 {
+                if conn.block_recv(shared) {
+                    return;
                 }
+                continue;
             }
-            ReadOutcome::Finished => {
-                entry.recv_over = true;
-                shared.end_recv(RecvEnd::Finished);
+            let outcome = cx.read(id, stream, room, |bytes| conn.push_received(shared, bytes));
+            match outcome {
+                ReadOutcome::Blocked => {
+                    shared.recv_waker.wake();
+                    return;
+                }
+                ReadOutcome::MayHaveMore => shared.recv_waker.wake(),
+                ReadOutcome::Finished => break RecvEnd::Finished,
+                ReadOutcome::Reset(code) => break RecvEnd::Reset(code),
+                ReadOutcome::Unknown => break RecvEnd::Unknown,
             }
-            ReadOutcome::Reset(code) => {
-                entry.recv_over = true;
-                shared.end_recv(RecvEnd::Reset(code));
+        };
+        entry.recv_over = true;
+        shared.end_recv(end);
+    }
+
+    /// What the peer sent and we acknowledged is the reader's, though the connection is gone.
+    fn rescue_received(cx: &mut ShardCx<'_>, id: ConnId, conn: &mut Conn) {
+        for (stream, entry) in &mut conn.streams {
+            if entry.recv_over {
+                continue;
             }
-            ReadOutcome::Unknown => {
-                entry.recv_over = true;
-                shared.end_recv(RecvEnd::Unknown);
-            }
+            let shared = &entry.shared;
+            let outcome =
+                cx.read(id, *stream, usize::MAX, |bytes| conn.shared.push_received(shared, bytes));
+            let end = match outcome {
+                ReadOutcome::Finished => RecvEnd::Finished,
+                ReadOutcome::Reset(code) => RecvEnd::Reset(code),
+                ReadOutcome::Blocked | ReadOutcome::MayHaveMore | ReadOutcome::Unknown => continue,
+            };
+            entry.recv_over = true;
+            shared.end_recv(end);
         }
-        shared.recv_waker.wake();
     }
 
     fn serve_datagrams(cx: &mut ShardCx<'_>, id: ConnId, conn: &mut Conn) {
@@ -420,7 +542,11 @@ impl HandleApp {
 }
 
 /// The next chunk of a handle's queue; small ones are gathered into one.
-fn next_chunk(shared: &StreamShared, gather: &mut BytesMut) -> Option<Bytes> {
+fn next_chunk(
+    shared: &StreamShared,
+    gather: &mut BytesMut,
+    copied_bytes: &mut u64,
+) -> Option<Bytes> {
     let first = shared.send_queue.pop()?;
     if first.len() > COALESCE_CHUNK_BYTES_MAX || shared.send_queue.is_empty() {
         return Some(first);
@@ -432,7 +558,20 @@ fn next_chunk(shared: &StreamShared, gather: &mut BytesMut) -> Option<Bytes> {
         let Some(chunk) = shared.send_queue.pop() else { break };
         gather.extend_from_slice(&chunk);
     }
+    *copied_bytes += gather.len() as u64;
     Some(gather.split().freeze())
+}
+
+/// Bytes that may go to a stream's reader now.
+fn recv_room(conn: &ConnShared, shared: &StreamShared) -> usize {
+    let queued = shared.recv_queued_bytes.load(Acquire);
+    let stream_room = conn.recv_queue_bytes.saturating_sub(queued);
+    let conn_room = conn.recv_budget_bytes.saturating_sub(conn.recv_queued_bytes.load(Acquire));
+    if queued == 0 && shared.recv_waiting.load(Acquire) {
+        // Readers that stall on other streams must not starve the one that waits.
+        return stream_room.min(conn_room.max(WAITING_READER_BYTES_MIN));
+    }
+    stream_room.min(conn_room)
 }
 
 fn close_all(conn: Conn, reason: &ConnectionError) {
@@ -463,12 +602,13 @@ impl ShardApp for HandleApp {
 
     fn handle_connected(&mut self, cx: &mut ShardCx<'_>, id: ConnId) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        let data = cx.proto.handshake_data(id);
         conn.shared.set_handshake(HandshakeInfo {
-            alpn: data.as_ref().and_then(|data| data.alpn.clone()),
-            server_name: data.and_then(|data| data.server_name),
+            settled: cx.proto.handshake_data(id),
             peer_certificates: cx.peer_certificates(id),
         });
+        if cx.early_data_accepted(id) == Some(false) {
+            Self::reject_early_streams(conn);
+        }
         Self::publish(cx, id, conn);
         if let Some(reply) = conn.connecting.take() {
             let connection = Connection::new(Arc::new(ConnRef::new(conn.shared.clone())));
@@ -480,19 +620,21 @@ impl ShardApp for HandleApp {
     fn handle_stream_opened(&mut self, cx: &mut ShardCx<'_>, id: ConnId, dir: Dir) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         while let Some(stream) = cx.accept_stream(id, dir) {
-            let shared = Self::add_stream(conn, stream, false);
+            let shared = Self::add_stream(conn, stream, false, &mut self.streams);
             let entry = conn.streams.get_mut(&stream).expect("just added");
             entry.send_over = dir == Dir::Uni;
-            Self::serve_recv(cx, id, stream, entry);
+            Self::serve_recv(cx, id, stream, entry, &conn.shared);
             conn.shared.offer_stream(dir, stream, shared);
+            // It may have come whole in its first packet.
+            Self::release(conn, stream, &mut self.streams);
         }
     }
 
     fn handle_readable(&mut self, cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         if let Some(entry) = conn.streams.get_mut(&stream) {
-            Self::serve_recv(cx, id, stream, entry);
-            Self::release(conn, stream);
+            Self::serve_recv(cx, id, stream, entry, &conn.shared);
+            Self::release(conn, stream, &mut self.streams);
         }
         Self::publish_if_stale(cx, id, conn);
     }
@@ -501,7 +643,7 @@ impl ShardApp for HandleApp {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         if let Some(entry) = conn.streams.get_mut(&stream) {
             Self::serve_send(cx, id, stream, entry, &mut self.gather);
-            Self::release(conn, stream);
+            Self::release(conn, stream, &mut self.streams);
         }
         Self::publish_if_stale(cx, id, conn);
     }
@@ -512,27 +654,21 @@ impl ShardApp for HandleApp {
             entry.send_over = true;
             entry.shared.acknowledged.store(true, Release);
             entry.shared.wake_all_senders();
-            Self::release(conn, stream);
+            Self::release(conn, stream, &mut self.streams);
         }
     }
 
-    fn handle_stopped(
-        &mut self,
-        _cx: &mut ShardCx<'_>,
-        id: ConnId,
-        stream: StreamId,
-        code: VarInt,
-    ) {
+    fn handle_stopped(&mut self, cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId, code: VarInt) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        if let Some(entry) = conn.streams.get_mut(&stream) {
-            entry.shared.stopped.store(encode_code(code), Release);
-            entry.shared.wake_all_senders();
+        if let Some(entry) = conn.streams.get_mut(&stream).filter(|entry| !entry.send_over) {
+            Self::stop_send(cx, id, stream, entry, code);
+            Self::release(conn, stream, &mut self.streams);
         }
     }
 
     fn handle_streams_available(&mut self, cx: &mut ShardCx<'_>, id: ConnId, dir: Dir) {
         if let Some(conn) = self.conns.get_mut(&id) {
-            Self::open_streams(cx, id, conn, dir);
+            Self::open_streams(cx, id, conn, dir, &mut self.streams);
         }
     }
 
@@ -550,10 +686,24 @@ impl ShardApp for HandleApp {
         }
     }
 
-    fn handle_closed(&mut self, _cx: &mut ShardCx<'_>, id: ConnId, reason: &ConnectionError) {
-        if let Some(conn) = self.conns.remove(&id) {
-            close_all(conn, reason);
+    fn handle_checkout(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        token: u64,
+        result: Result<Lease, CheckoutError>,
+    ) {
+        self.answer_checkout(cx, token, result);
+    }
+
+    fn handle_pool_event(&mut self, cx: &mut ShardCx<'_>, event: &PoolEvent) {
+        self.publish_pool_event(cx, event);
+    }
+
+    fn handle_closed(&mut self, cx: &mut ShardCx<'_>, id: ConnId, reason: &ConnectionError) {
+        if let Some(conn) = self.conns.get_mut(&id) {
+            Self::rescue_received(cx, id, conn);
         }
+        self.forget(id, reason);
     }
 }
 

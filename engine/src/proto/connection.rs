@@ -11,6 +11,8 @@ use super::bbr::State;
 use super::congestion::{CcState, Gated};
 use super::pacing::Pacer;
 use crate::app::ConnId;
+use crate::certs::KeyUpdates;
+use crate::pool::EntryId;
 
 /// ACK-eliciting packets after which an ACK must leave although data may not (RFC 9000 §13.2.2).
 const ACK_ELICITING_FRAMES_MAX: u64 = 2;
@@ -70,6 +72,15 @@ pub struct ConnectionStats {
     pub acks_sent: u64,
     /// ACK frames received.
     pub acks_received: u64,
+    /// What the peer acknowledged over the last round trip, bits/s.
+    pub delivery_rate_bps: u64,
+    /// The latest round-trip sample, the peer's delay included.
+    pub latest_rtt: Duration,
+    /// Congestion events that routers announced by ECN, not by losses.
+    pub ecn_events: u64,
+    /// Changes of the packet protection keys (RFC 9001 §6), by either side. Counted for TLS
+    /// configurations of [`crate::certs`] only.
+    pub key_updates: u64,
     /// BBR's state; `None` with another congestion control.
     pub bbr_state: Option<State>,
     /// BBR's bandwidth estimate (`max_bw`), bits of QUIC packets per second; 0 with another congestion control.
@@ -78,9 +89,12 @@ pub struct ConnectionStats {
     pub inflight_hi_bytes: Option<u64>,
 }
 
+/// Numbers in [`ConnectionStats`].
+pub(crate) const STATS_NUMBERS: usize = 25;
+
 impl ConnectionStats {
     /// As numbers, for publication to other threads; times in nanoseconds.
-    pub(crate) fn to_array(self) -> [u64; 21] {
+    pub(crate) fn to_array(self) -> [u64; STATS_NUMBERS] {
         [
             self.rtt.as_nanos() as u64,
             self.min_rtt.as_nanos() as u64,
@@ -100,17 +114,22 @@ impl ConnectionStats {
             self.udp_rx_datagrams,
             self.acks_sent,
             self.acks_received,
+            self.delivery_rate_bps,
+            self.latest_rtt.as_nanos() as u64,
+            self.ecn_events,
+            self.key_updates,
             self.bbr_state.map_or(0, |state| state as u64 + 1),
             self.bandwidth_estimate_bps,
             self.inflight_hi_bytes.unwrap_or(u64::MAX),
         ]
     }
 
-    pub(crate) fn from_array(values: [u64; 21]) -> Self {
+    pub(crate) fn from_array(values: [u64; STATS_NUMBERS]) -> Self {
         let [rtt, min_rtt, cwnd_bytes, inflight_bytes, pacing_rate_bps, mtu, rest @ ..] = values;
         let [packets_sent, packets_lost, bytes_lost, congestion_events, probes, rest @ ..] = rest;
         let [black_holes, udp_tx_bytes, udp_tx_datagrams, udp_rx_bytes, rest @ ..] = rest;
-        let [udp_rx_datagrams, acks_sent, acks_received, state, bandwidth_estimate_bps, hi] = rest;
+        let [udp_rx_datagrams, acks_sent, acks_received, delivery_rate_bps, rest @ ..] = rest;
+        let [latest_rtt, ecn_events, key_updates, state, bandwidth_estimate_bps, hi] = rest;
         Self {
             rtt: Duration::from_nanos(rtt),
             min_rtt: Duration::from_nanos(min_rtt),
@@ -130,6 +149,10 @@ impl ConnectionStats {
             udp_rx_datagrams,
             acks_sent,
             acks_received,
+            delivery_rate_bps,
+            latest_rtt: Duration::from_nanos(latest_rtt),
+            ecn_events,
+            key_updates,
             bbr_state: state.checked_sub(1).map(|index| State::from_index(index as u8)),
             bandwidth_estimate_bps,
             inflight_hi_bytes: Some(hi).filter(|&hi| hi != u64::MAX),
@@ -147,6 +170,12 @@ pub(crate) struct Conn {
     pub(crate) closed_reported: bool,
     /// quinn-proto's endpoint has forgotten it.
     pub(crate) drained: bool,
+    /// Its place in the owner's connection pool.
+    pub(crate) pool_entry: Option<EntryId>,
+    /// Its life, for logs.
+    pub(crate) span: tracing::Span,
+    /// Counts changes of its keys, once the handshake is over.
+    pub(crate) key_updates: Option<KeyUpdates>,
     /// Something arrived since `owes_ack` last looked.
     pub(crate) rx_since_ack_check: bool,
     cc: Arc<CcState>,
@@ -167,6 +196,7 @@ impl Conn {
         owner: Owner,
         now: Instant,
         handshake_deadline: Instant,
+        span: tracing::Span,
     ) -> Self {
         Self {
             cc: Gated::state_of(&inner),
@@ -179,6 +209,9 @@ impl Conn {
             handshake_deadline: Some(handshake_deadline),
             closed_reported: false,
             drained: false,
+            pool_entry: None,
+            span,
+            key_updates: None,
             rx_since_ack_check: false,
             pacer: Pacer::new(now),
             paced_until: None,
@@ -233,6 +266,10 @@ impl Conn {
             Gate::Paced(until) => Some(until),
             _ => None,
         };
+        if gate == Gate::Open {
+            // Whatever ACK is owed leaves with this poll: nothing is left to wait for.
+            self.owed_since = None;
+        }
         self.cc.set_gate(gate == Gate::Open);
         gate
     }
@@ -276,6 +313,7 @@ impl Conn {
         }
         let owed = eliciting - self.eliciting_at_ack;
         if owed == 0 {
+            self.owed_since = None;
             return false;
         }
         let since = *self.owed_since.get_or_insert(now);
@@ -335,6 +373,10 @@ impl Conn {
             udp_rx_datagrams: stats.udp_rx.datagrams,
             acks_sent: stats.frame_tx.acks,
             acks_received: stats.frame_rx.acks,
+            delivery_rate_bps: self.cc.delivery_rate_bytes_per_s().saturating_mul(8),
+            latest_rtt: self.cc.latest_rtt(),
+            ecn_events: self.cc.ecn_events(),
+            key_updates: self.key_updates.as_ref().map_or(0, KeyUpdates::count),
             bbr_state: bbr.map(|bbr| bbr.state),
             bandwidth_estimate_bps: bbr.map_or(0, |bbr| bbr.max_bw_bytes_per_s.saturating_mul(8)),
             inflight_hi_bytes: bbr.and_then(|bbr| bbr.inflight_hi_bytes),
@@ -366,4 +408,16 @@ fn ack_eliciting(frames: &FrameStats) -> u64 {
         + frames.ack_frequency
         + frames.immediate_ack
         + u64::from(frames.handshake_done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_survive_publication() {
+        let mut values: [u64; STATS_NUMBERS] = std::array::from_fn(|index| 1000 + index as u64);
+        values[STATS_NUMBERS - 3] = State::ProbeRtt as u64 + 1;
+        assert_eq!(ConnectionStats::from_array(values).to_array(), values);
+    }
 }

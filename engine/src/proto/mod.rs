@@ -10,6 +10,8 @@ pub mod cid;
 pub(crate) mod congestion;
 mod connection;
 pub(crate) mod pacing;
+mod pooling;
+mod qlog;
 pub(crate) mod timers;
 
 use std::cmp::Reverse;
@@ -20,17 +22,18 @@ use std::time::{Duration, Instant};
 
 use quinn_proto::{
     ClientConfig, Connection, ConnectionHandle, DatagramEvent, EcnCodepoint, Endpoint,
-    EndpointConfig, Event, ServerConfig, Transmit,
+    EndpointConfig, Event, ServerConfig, Side, Transmit,
 };
 
 use crate::app::{ConnId, Incoming};
 use crate::config::{RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig};
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
-use crate::metrics::ShardCounters;
+use crate::metrics::{ShardCounters, ShardMetrics};
+use crate::pool::{EntryId, Pool};
 
 pub use connection::ConnectionStats;
-pub(crate) use connection::{Conn, Gate};
+pub(crate) use connection::{Conn, Gate, STATS_NUMBERS};
 
 /// Who is told what happens on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +61,8 @@ pub(crate) enum AppEvent {
     Drained {
         /// Whether the application was told before.
         reported: bool,
+        /// Its place in the owner's pool, where the pool was not told before.
+        pool_entry: Option<EntryId>,
     },
 }
 
@@ -90,6 +95,10 @@ pub(crate) struct Protocol {
     shard: usize,
     pub(crate) mailbox: crate::shard::mailbox::Mailbox,
     accepting: bool,
+    /// By owner.
+    pools: [Pool; 2],
+    qlog: Option<qlog::QlogFiles>,
+    metrics: Arc<ShardMetrics>,
     pub(crate) counters: ShardCounters,
 }
 
@@ -99,6 +108,10 @@ pub(crate) struct ProtocolSetup {
     pub(crate) identity: QuicIdentity,
     pub(crate) cid_key: cid::CidKey,
     pub(crate) shard: usize,
+    /// Shards of the engine.
+    pub(crate) shards: usize,
+    /// Where samples and the pools' counters go.
+    pub(crate) metrics: Arc<ShardMetrics>,
     /// The shard's mailbox, for applications that send to themselves.
     pub(crate) mailbox: crate::shard::mailbox::Mailbox,
     /// Largest UDP payload that the datapath carries.
@@ -109,9 +122,20 @@ pub(crate) struct ProtocolSetup {
 
 impl Protocol {
     pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
-        let ProtocolSetup { config, identity, cid_key, shard, mailbox, mtu_bytes, seed } = setup;
+        let pools = pooling::pools(&setup);
+        let ProtocolSetup {
+            config,
+            identity,
+            cid_key,
+            shard,
+            metrics,
+            mailbox,
+            mtu_bytes,
+            seed,
+            ..
+        } = setup;
         let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
-        let transport = Arc::new(config.quic(mtu_bytes, cc_seed));
+        let transport = Arc::new(config.quic(mtu_bytes, cc_seed, metrics.clone()));
         let transports = vec![(mtu_bytes, transport.clone())];
         let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
         let mut endpoint_config = EndpointConfig::new(reset_key);
@@ -155,6 +179,9 @@ impl Protocol {
             app_timers: BinaryHeap::new(),
             expired: Vec::new(),
             response_buffer: Vec::with_capacity(2048),
+            qlog: config.qlog_dir.clone().map(|directory| qlog::QlogFiles::new(directory, shard)),
+            pools,
+            metrics,
             config,
             transports,
             cc_seed,
@@ -263,11 +290,23 @@ impl Protocol {
     }
 
     /// The settings for paths whose UDP payload is at most `mtu_bytes`.
-    fn transport(&mut self, mtu_bytes: u16) -> Arc<quinn_proto::TransportConfig> {
+    fn transport(
+        &mut self,
+        now: Instant,
+        mtu_bytes: u16,
+        side: Side,
+    ) -> Arc<quinn_proto::TransportConfig> {
+        if let Some(stream) = self.qlog.as_mut().and_then(|files| files.open(now, side)) {
+            // The stream is part of the settings: they are this connection's own.
+            let mut transport = self.config.quic(mtu_bytes, self.cc_seed, self.metrics.clone());
+            transport.qlog_stream(Some(stream));
+            return Arc::new(transport);
+        }
         if let Some((_, transport)) = self.transports.iter().find(|(mtu, _)| *mtu == mtu_bytes) {
             return transport.clone();
         }
-        let transport = Arc::new(self.config.quic(mtu_bytes, self.cc_seed));
+        let settings = self.config.quic(mtu_bytes, self.cc_seed, self.metrics.clone());
+        let transport = Arc::new(settings);
         // A handful of interfaces and path MTUs; a flood of odd ones replaces the youngest.
         self.transports.truncate(TRANSPORTS_MAX - 1);
         self.transports.push((mtu_bytes, transport.clone()));
@@ -283,7 +322,7 @@ impl Protocol {
         owner: Owner,
     ) -> Result<ConnId, ConnectionError> {
         self.response_buffer.clear();
-        let transport = self.transport(mtu_bytes);
+        let transport = self.transport(now, mtu_bytes, Side::Server);
         let server = self.server.as_ref().map(|server| {
             if Arc::ptr_eq(&server.transport, &transport) {
                 return server.clone();
@@ -369,7 +408,7 @@ impl Protocol {
         }
         let mut config =
             config.or_else(|| self.client.clone()).ok_or(ConnectError::NoClientConfig)?;
-        config.transport_config(self.transport(mtu_bytes));
+        config.transport_config(self.transport(now, mtu_bytes, Side::Client));
         let (handle, connection) = self
             .endpoint
             .connect(now, config, SocketAddr::V6(remote), server_name)
@@ -401,11 +440,24 @@ impl Protocol {
             self.conns.resize_with(slot + 1, || None);
         }
         debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
-        self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline)));
+        let span = self.span(&connection);
+        self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline, span)));
         self.live += 1;
         self.handshaking += 1;
         self.mark_touched(slot as u32);
         id
+    }
+
+    /// One span for a connection's life; nothing per packet is ever logged in it.
+    fn span(&self, connection: &Connection) -> tracing::Span {
+        let side = match connection.side() {
+            Side::Client => "client",
+            Side::Server => "server",
+        };
+        let remote = connection.remote_address();
+        let span = tracing::debug_span!("connection", shard = self.shard, %remote, side);
+        tracing::debug!(parent: &span, "handshake starts");
+        span
     }
 
     pub(crate) fn connection(&self, id: ConnId) -> Option<&Connection> {
@@ -517,9 +569,9 @@ impl Protocol {
         }
         conn.touched = false;
         if conn.drained {
-            let reported = conn.closed_reported;
+            let (reported, pool_entry) = (conn.closed_reported, conn.pool_entry);
             self.remove(slot);
-            return Some((id, owner, AppEvent::Drained { reported }));
+            return Some((id, owner, AppEvent::Drained { reported, pool_entry }));
         }
         self.queue_slot(slot);
         None
@@ -534,6 +586,14 @@ impl Protocol {
         }
     }
 
+    /// The handshake is complete: what it settled is noted.
+    pub(crate) fn note_connected(&mut self, id: ConnId) {
+        let key_updates = self.handshake_data(id).map(|data| data.key_updates);
+        let Some(conn) = self.conn_in_slot(id.slot).filter(|conn| conn.id == id) else { return };
+        conn.key_updates = key_updates;
+        tracing::debug!(parent: &conn.span, rtt = ?conn.inner.rtt(), "connected");
+    }
+
     /// Notes that the application was told of the end; `false` when it was before.
     pub(crate) fn report_closed(&mut self, id: ConnId) -> bool {
         match self.conn_in_slot(id.slot).filter(|conn| conn.id == id) {
@@ -544,6 +604,7 @@ impl Protocol {
 
     fn remove(&mut self, slot: u32) {
         if let Some(conn) = self.conns[slot as usize].take() {
+            tracing::debug!(parent: &conn.span, "gone");
             self.live -= 1;
             if conn.handshake_deadline.is_some() {
                 self.handshaking -= 1;
@@ -614,10 +675,9 @@ impl Protocol {
     /// When the shard must turn again, if nothing arrives before.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let app = self.app_timers.peek().map(|Reverse((at, ..))| *at);
-        match (self.timers.next_deadline(), app) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        let [handles_pool, app_pool] = &self.pools;
+        let pools = [handles_pool.poll_timeout(), app_pool.poll_timeout()];
+        [self.timers.next_deadline(), app].into_iter().chain(pools).flatten().min()
     }
 }
 

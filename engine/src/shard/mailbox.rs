@@ -8,7 +8,9 @@ use std::any::Any;
 use std::net::SocketAddrV6;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crossbeam::queue::{ArrayQueue, SegQueue};
@@ -58,8 +60,18 @@ struct Inner {
     notices: SegQueue<HandleCommand>,
     parked: AtomicBool,
     stopped: AtomicBool,
+    /// When the oldest thing that waits was pushed, ns after `epoch`; zero: nothing waits.
+    waiting_since_ns: AtomicU64,
+    /// None: waits are not measured (virtual time).
+    epoch: Option<Instant>,
     pushing: AtomicUsize,
     wake: OwnedFd,
+}
+
+impl std::fmt::Debug for Mailbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mailbox").field("stopped", &self.is_stopped()).finish_non_exhaustive()
+    }
 }
 
 impl Mailbox {
@@ -68,6 +80,15 @@ impl Mailbox {
     /// # Errors
     /// When the system gives no eventfd.
     pub(crate) fn new(capacity: usize) -> std::io::Result<Self> {
+        Self::with_epoch(capacity, Some(Instant::now()))
+    }
+
+    /// As [`new`](Self::new), for a shard whose clock is not the system's.
+    pub(crate) fn without_wait_times(capacity: usize) -> std::io::Result<Self> {
+        Self::with_epoch(capacity, None)
+    }
+
+    fn with_epoch(capacity: usize, epoch: Option<Instant>) -> std::io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Self {
             inner: Arc::new(Inner {
@@ -76,6 +97,8 @@ impl Mailbox {
                 notices: SegQueue::new(),
                 parked: AtomicBool::new(false),
                 stopped: AtomicBool::new(false),
+                waiting_since_ns: AtomicU64::new(0),
+                epoch,
                 pushing: AtomicUsize::new(0),
                 wake,
             }),
@@ -95,6 +118,7 @@ impl Mailbox {
         };
         self.inner.pushing.fetch_sub(1, Ordering::SeqCst);
         if result.is_ok() {
+            self.note_waiting();
             self.wake();
         }
         result
@@ -107,8 +131,15 @@ impl Mailbox {
 
     /// Pushes a notice that must not fail; the caller keeps at most one per handle in the queue.
     pub(crate) fn notify(&self, notice: HandleCommand) {
-        if !self.inner.stopped.load(Ordering::SeqCst) {
+        // Counted as in `push`: a notice may carry a reply, which the last drain must drop.
+        self.inner.pushing.fetch_add(1, Ordering::SeqCst);
+        let taken = !self.inner.stopped.load(Ordering::SeqCst);
+        if taken {
             self.inner.notices.push(notice);
+            self.note_waiting();
+        }
+        self.inner.pushing.fetch_sub(1, Ordering::SeqCst);
+        if taken {
             self.wake();
         }
     }
@@ -118,6 +149,16 @@ impl Mailbox {
     #[allow(clippy::result_large_err)]
     pub(crate) fn hand_over(&self, datagram: RxDatagram) -> Result<(), RxDatagram> {
         self.inner.datagrams.push(datagram)
+    }
+
+    /// Notes the time, unless something waits already. Relaxed: a statistic, which at worst
+    /// misses a wait.
+    fn note_waiting(&self) {
+        let Some(epoch) = self.inner.epoch else { return };
+        if self.inner.waiting_since_ns.load(Relaxed) == 0 {
+            let since_ns = u64::try_from(epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.inner.waiting_since_ns.store(since_ns.max(1), Relaxed);
+        }
     }
 
     /// Wakes the shard if it sleeps.
@@ -135,11 +176,22 @@ impl Mailbox {
 
     // --- the shard's side ----------------------------------------------------------
 
-    pub(crate) fn pop(&self) -> Option<Command> {
-        if let Some(notice) = self.inner.notices.pop() {
-            return Some(Command::Handles(notice));
+    /// How long the oldest thing has waited that is about to be taken; `None`: nothing waits.
+    pub(crate) fn take_wait(&self, now: Instant) -> Option<Duration> {
+        let epoch = self.inner.epoch?;
+        if self.inner.waiting_since_ns.load(Relaxed) == 0 {
+            return None;
         }
+        let since = epoch + Duration::from_nanos(self.inner.waiting_since_ns.swap(0, Relaxed));
+        Some(now.saturating_duration_since(since))
+    }
+
+    pub(crate) fn pop(&self) -> Option<Command> {
         self.inner.commands.pop()
+    }
+
+    pub(crate) fn pop_notice(&self) -> Option<HandleCommand> {
+        self.inner.notices.pop()
     }
 
     pub(crate) fn pop_datagram(&self) -> Option<RxDatagram> {
@@ -217,6 +269,21 @@ mod tests {
         let mut count = [0; 8];
         rustix::io::read(mailbox.wake_fd(), &mut count).expect("woken");
         assert_eq!(u64::from_ne_bytes(count), 1, "one system call for four commands");
+    }
+
+    #[test]
+    fn the_oldest_wait_is_told_once() {
+        let mailbox = Mailbox::new(8).expect("eventfd");
+        assert_eq!(mailbox.take_wait(Instant::now()), None);
+        assert!(mailbox.push(app(1)).is_ok());
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(mailbox.push(app(2)).is_ok());
+        let wait = mailbox.take_wait(Instant::now()).expect("waited");
+        assert!(wait >= Duration::from_millis(5), "{wait:?} is not the first one's");
+        assert_eq!(mailbox.take_wait(Instant::now()), None);
+        let unmeasured = Mailbox::without_wait_times(8).expect("eventfd");
+        assert!(unmeasured.push(app(1)).is_ok());
+        assert_eq!(unmeasured.take_wait(Instant::now()), None);
     }
 
     #[test]

@@ -19,8 +19,10 @@
 //! the same over rings, sockets and the simulator.
 
 pub(crate) mod mailbox;
+mod pool;
 pub(crate) mod worker;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,7 +32,8 @@ use quinn_proto::{Event, StreamEvent, VarInt};
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
-    MAILBOX_COMMANDS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX,
+    RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -87,11 +90,17 @@ pub struct Shard<D: Datapath, C: Clock> {
     too_slow: Vec<ConnId>,
     ending: Option<Ending>,
     failed: Option<String>,
+    /// Attempts that the pools may still start in this turn.
+    pool_connects_left: usize,
+    /// Packets sent on connections.
+    tx_packets: u64,
     metrics: Arc<ShardMetrics>,
 }
 
 /// How long closing connections may drain after the last one was told (RFC 9000 §10.2: three PTOs).
 const DRAIN_MAX: Duration = Duration::from_secs(1);
+/// With this code a peer's connection is closed when the application on the shard panicked.
+const APP_PANIC_CODE: VarInt = VarInt::from_u32(0x70_61_6e);
 
 impl<D: Datapath, C: Clock> Shard<D, C> {
     // Every argument is a part with an owner of its own; a struct would only name them twice.
@@ -123,6 +132,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             too_slow: Vec::new(),
             ending: None,
             failed: None,
+            pool_connects_left: 0,
+            tx_packets: 0,
             metrics,
         }
     }
@@ -130,6 +141,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// One lap: in, up, out.
     pub fn turn(&mut self) -> Turn {
         let now = self.clock.now();
+        self.pool_connects_left = POOL_CONNECTS_PER_TURN_MAX;
         let mut worked = self.receive(now);
         worked |= self.drain_mailbox(now);
         worked |= self.expire_timers(now);
@@ -145,6 +157,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn receive(&mut self, now: Instant) -> bool {
         self.datapath.receive(now, &mut self.rx);
         let mut worked = !self.rx.is_empty();
+        if worked {
+            self.metrics.rx_batch.record(self.rx.len() as u64);
+        }
         let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
         for datagram in batch.drain() {
             self.route(now, datagram);
@@ -203,6 +218,17 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             worked = true;
             self.handle_datagram(now, datagram);
         }
+        if let Some(wait) = self.mailbox.take_wait(now) {
+            self.metrics.mailbox_wait_ns.record_duration(wait);
+        }
+        // Each kind has its share of the turn: busy handles cannot hold back a connect or a shutdown.
+        for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
+            let Some(notice) = self.mailbox.pop_notice() else { break };
+            self.proto.counters.commands += 1;
+            worked = true;
+            self.handles
+                .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), notice);
+        }
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
             let Some(command) = self.mailbox.pop() else { break };
             self.proto.counters.commands += 1;
@@ -223,8 +249,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         self.too_slow = too_slow;
         while let Some((owner, token)) = self.proto.pop_app_timer(now) {
             worked = true;
-            self.call(now, owner, |app, cx| app.handle_timer(cx, token));
+            self.call(now, owner, None, |app, cx| app.handle_timer(cx, token));
         }
+        self.proto.expire_pools(now);
         self.advance_ending(now);
         worked
     }
@@ -242,13 +269,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 }
             }
             // Handles queue their stream work; one pass serves a whole batch of it.
-            let mut cx = ShardCx {
-                proto: &mut self.proto,
-                paths: &self.datapath,
-                now,
-                owner: Owner::Handles,
-            };
-            if !self.handles.pump(&mut cx) {
+            let pumped = self.handles.pump(&mut handle_cx(&mut self.proto, &self.datapath, now));
+            if !self.drive_pools(now) && !pumped {
                 return worked;
             }
             worked = true;
@@ -258,11 +280,14 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn dispatch(&mut self, now: Instant, conn: ConnId, owner: Owner, event: AppEvent) {
         let event = match event {
             AppEvent::Quic(event) => event,
-            AppEvent::Drained { reported } => {
+            AppEvent::Drained { reported, pool_entry } => {
                 self.proto.counters.closed += 1;
+                let reason = ConnectionError::ClosedLocally;
+                if let Some(entry) = pool_entry {
+                    self.proto.pool(owner).handle_closed(now, entry, &reason);
+                }
                 if !reported {
-                    let reason = ConnectionError::ClosedLocally;
-                    self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
+                    self.call(now, owner, None, |app, cx| app.handle_closed(cx, conn, &reason));
                 }
                 return;
             }
@@ -271,16 +296,15 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             Event::HandshakeDataReady => {}
             Event::Connected => {
                 self.proto.handshake_over(conn);
-                self.call(now, owner, |app, cx| app.handle_connected(cx, conn));
+                self.proto.note_connected(conn);
+                self.proto.pool_connected(now, conn);
+                self.call(now, owner, Some(conn), |app, cx| app.handle_connected(cx, conn));
             }
             Event::ConnectionLost { reason } => {
                 self.proto.handshake_over(conn);
-                if self.proto.report_closed(conn) {
-                    let reason = reason.into();
-                    self.call(now, owner, |app, cx| app.handle_closed(cx, conn, &reason));
-                }
+                self.tell_closed(now, conn, owner, &reason.into());
             }
-            Event::Stream(event) => self.call(now, owner, |app, cx| match event {
+            Event::Stream(event) => self.call(now, owner, Some(conn), |app, cx| match event {
                 StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
                 StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
                 StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
@@ -291,31 +315,73 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
             }),
             Event::DatagramReceived => {
-                self.call(now, owner, |app, cx| app.handle_datagrams(cx, conn));
+                self.call(now, owner, Some(conn), |app, cx| app.handle_datagrams(cx, conn));
             }
             Event::DatagramsUnblocked => {
-                self.call(now, owner, |app, cx| app.handle_datagrams_unblocked(cx, conn));
+                self.call(now, owner, Some(conn), |app, cx| {
+                    app.handle_datagrams_unblocked(cx, conn);
+                });
             }
         }
     }
 
-    /// Calls the application that owns a connection.
+    /// Tells owner and pool of a connection's end, once.
+    fn tell_closed(&mut self, now: Instant, conn: ConnId, owner: Owner, reason: &ConnectionError) {
+        if self.proto.report_closed(conn) {
+            if let Some(conn) = self.proto.conn(conn) {
+                tracing::debug!(parent: &conn.span, %reason, "closed");
+            }
+            self.proto.pool_closed(now, conn, reason);
+            self.call(now, owner, None, |app, cx| app.handle_closed(cx, conn, reason));
+        }
+    }
+
+    /// Calls whoever owns a connection. If the application panics, the connection that the call
+    /// was about is closed; the shard and its other connections go on.
     fn call(
         &mut self,
         now: Instant,
         owner: Owner,
+        conn: Option<ConnId>,
         f: impl FnOnce(&mut dyn ShardApp, &mut ShardCx<'_>),
     ) {
         let mut cx = ShardCx { proto: &mut self.proto, paths: &self.datapath, now, owner };
-        match (owner, &mut self.app) {
-            (Owner::App, Some(app)) => f(app.as_mut(), &mut cx),
-            _ => f(&mut self.handles, &mut cx),
+        let (Owner::App, Some(app)) = (owner, &mut self.app) else {
+            return f(&mut self.handles, &mut cx);
+        };
+        // What the call left half done is the application's state, which only it sees, and the
+        // connection's, which is closed; no engine code on the way back up is skipped.
+        let called = catch_unwind(AssertUnwindSafe(|| f(app.as_mut(), &mut cx)));
+        if let Err(payload) = called {
+            self.handle_app_panic(now, conn, payload.as_ref());
+        }
+    }
+
+    #[cold]
+    fn handle_app_panic(
+        &mut self,
+        now: Instant,
+        conn: Option<ConnId>,
+        payload: &(dyn std::any::Any + Send),
+    ) {
+        self.proto.counters.app_panics += 1;
+        let shard = self.proto.shard_index();
+        let panic = panic_text(payload);
+        tracing::error!(shard, panic, ?conn, "the shard's application panicked");
+        let Some(id) = conn else { return };
+        if let Some(connection) = self.proto.touch(id) {
+            connection.close(now, APP_PANIC_CODE, Bytes::from_static(b"application panicked"));
+        }
+        // Reported once: a panic in `handle_closed` itself ends here.
+        if self.proto.report_closed(id) {
+            let reason = ConnectionError::AppPanicked;
+            self.call(now, Owner::App, Some(id), |app, cx| app.handle_closed(cx, id, &reason));
         }
     }
 
     fn handle_incoming(&mut self, now: Instant, incoming: Incoming) {
         let owner = if self.app.is_some() { Owner::App } else { Owner::Handles };
-        self.call(now, owner, |app, cx| app.handle_incoming(cx, incoming));
+        self.call(now, owner, None, |app, cx| app.handle_incoming(cx, incoming));
     }
 
     // --- out --------------------------------------------------------------------------
@@ -323,6 +389,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Gate and pacer → poll_transmit → scratch → TX memory, fairly over the connections.
     fn transmit(&mut self, now: Instant) -> bool {
         let mut worked = self.transmit_responses();
+        let before = self.tx_packets;
         for _ in 0..self.proto.tx_queue_len() {
             if self.datapath.transmit_capacity() == 0 {
                 self.proto.counters.tx_ring_full += 1;
@@ -336,6 +403,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             } else {
                 self.proto.file_deadline(slot);
             }
+        }
+        if self.tx_packets != before {
+            self.metrics.tx_batch.record(self.tx_packets - before);
         }
         worked
     }
@@ -364,6 +434,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
             let Some(transmit) = polled else { return (sent, false) };
             sent = true;
+            self.tx_packets += 1;
             if let Some(conn) = self.proto.conn_in_slot(slot) {
                 conn.on_transmit(now, transmit.size as u64);
             }
@@ -410,7 +481,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             counters.turns_idle += 1;
         }
         self.proto.counters.connections = self.proto.live_connections() as u64;
+        self.proto.counters.streams = self.handles.streams() as u64;
+        self.proto.counters.tx_queue_connections = self.proto.tx_queue_len() as u64;
         self.metrics.publish(&self.proto.counters, &self.datapath.counters());
+        if worked {
+            self.proto.publish_pools();
+        }
         let ending_deadline = self
             .ending
             .as_ref()
@@ -421,7 +497,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         };
         Turn {
             worked,
-            more: self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0,
+            more: (self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0)
+                || self.proto.pools_have_connects(),
             deadline,
             ended: self.has_ended(now),
         }
@@ -430,16 +507,15 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn handle_command(&mut self, now: Instant, command: Command) {
         match command {
             Command::Handles(command) => {
-                let mut cx = ShardCx {
-                    proto: &mut self.proto,
-                    paths: &self.datapath,
-                    now,
-                    owner: Owner::Handles,
-                };
-                self.handles.handle_command(&mut cx, command);
+                self.handles
+                    .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), command);
             }
             Command::App(message) => {
-                self.call(now, Owner::App, |app, cx| app.handle_message(cx, message));
+                self.call(now, Owner::App, None, |app, cx| app.handle_message(cx, message));
+            }
+            // Dropped before its turn came: nobody waits for the connection.
+            Command::Connect { reply, .. } if reply.is_canceled() => {
+                self.proto.counters.attempts_abandoned += 1;
             }
             Command::Connect { remote, server_name, config, reply } => {
                 let mtu_bytes = self.datapath.max_udp_payload(&remote);
@@ -451,12 +527,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                     config,
                     Owner::Handles,
                 );
-                let mut cx = ShardCx {
-                    proto: &mut self.proto,
-                    paths: &self.datapath,
-                    now,
-                    owner: Owner::Handles,
-                };
+                let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
                 self.handles.handle_connect_result(&mut cx, result, reply);
             }
             Command::Shutdown(order) => self.begin_ending(now, order),
@@ -495,16 +566,16 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         conn.inner.close(now, VarInt::from_u32(0), Bytes::from_static(b"handshake timeout"));
         self.proto.counters.handshakes_timed_out += 1;
         self.proto.handshake_over(id);
-        if self.proto.report_closed(id) {
-            let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
-            self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
-        }
+        let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
+        self.tell_closed(now, id, owner, &reason);
     }
 
     // --- the end ------------------------------------------------------------------------
 
     fn begin_ending(&mut self, now: Instant, order: ShutdownOrder) {
         self.proto.stop_accepting();
+        self.handles.refuse_waiting(&mut handle_cx(&mut self.proto, &self.datapath, now));
+        self.proto.stop_pools();
         let close_at = now + order.grace;
         // A second order may only hurry.
         if let Some(ending) = &mut self.ending {
@@ -527,16 +598,17 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         ending.end_at = now + DRAIN_MAX;
         let (code, reason) = (ending.order.code, ending.order.reason.clone());
         let ids: Vec<ConnId> = self.proto.ids().collect();
+        let (mut connections, mut streams) = (0, 0);
         for id in ids {
-            if let Some(connection) = self.proto.touch(id) {
+            if let Some(connection) = self.proto.touch(id).filter(|conn| !conn.is_closed()) {
+                connections += 1;
+                streams += connection.streams().send_streams() as u64;
                 connection.close(now, code, reason.clone());
             }
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
-            if self.proto.report_closed(id) {
-                let reason = ConnectionError::EngineStopped;
-                self.call(now, owner, |app, cx| app.handle_closed(cx, id, &reason));
-            }
+            self.tell_closed(now, id, owner, &ConnectionError::EngineStopped);
         }
+        self.handles.note_cut_off(connections, streams);
     }
 
     fn has_ended(&self, now: Instant) -> bool {
@@ -583,15 +655,43 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let ids: Vec<ConnId> = self.proto.ids().collect();
         for id in ids {
             let Some(owner) = self.proto.conn(id).map(|conn| conn.owner) else { continue };
-            if self.proto.report_closed(id) {
-                self.call(now, owner, |app, cx| app.handle_closed(cx, id, reason));
-            }
+            self.tell_closed(now, id, owner, reason);
         }
+        self.finish_abandoning(reason);
+    }
+
+    /// As [`abandon`](Self::abandon) after a panic of the shard itself: its protocol state may be
+    /// broken and is not touched; only handles and waiting callers are told.
+    pub(crate) fn abandon_broken(&mut self, reason: &ConnectionError) {
+        self.mailbox.stop();
+        self.finish_abandoning(reason);
+    }
+
+    fn finish_abandoning(&mut self, reason: &ConnectionError) {
+        // A dropped notice drops its reply, which ends the future that waits for it.
+        while self.mailbox.pop_notice().is_some() {}
         while let Some(command) = self.mailbox.pop() {
             if let Command::Connect { reply, .. } = command {
                 reply.fail(crate::error::ConnectError::EngineStopped);
             }
         }
+        self.proto.counters.connections = 0;
+        self.proto.counters.streams = 0;
+        self.metrics.publish(&self.proto.counters, &self.datapath.counters());
         self.handles.end(reason);
     }
+}
+
+/// What the handles may do now. A function of the parts, so that the handles themselves stay free.
+fn handle_cx<'a>(proto: &'a mut Protocol, paths: &'a dyn Datapath, now: Instant) -> ShardCx<'a> {
+    ShardCx { proto, paths, now, owner: Owner::Handles }
+}
+
+/// The message of a panic.
+pub(crate) fn panic_text(payload: &(dyn std::any::Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
 }

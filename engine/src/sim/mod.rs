@@ -64,7 +64,7 @@ impl SimHost {
     ) -> Result<Self, StartError> {
         setup.config.validate()?;
         let source = |source| StartError::System { what: "eventfd for a mailbox", source };
-        let mailbox = Mailbox::new(setup.config.mailbox_capacity).map_err(source)?;
+        let mailbox = Mailbox::without_wait_times(setup.config.mailbox_capacity).map_err(source)?;
         let mailboxes: Arc<[Mailbox]> = Arc::new([mailbox.clone()]);
         let metrics = Arc::new(ShardMetrics::default());
         let mut seed = [0; 32];
@@ -83,6 +83,8 @@ impl SimHost {
                 },
                 cid_key: cid_key.clone(),
                 shard: 0,
+                shards: 1,
+                metrics: metrics.clone(),
                 mailbox: mailbox.clone(),
                 seed,
             },

@@ -323,6 +323,11 @@ impl DatagramRing {
 impl Drop for DatagramRing {
     fn drop(&mut self) {
         let quiet = self.quiesce();
+        // The ring's teardown goes on after its descriptor is closed, and would hold the
+        // socket, and with it the port, until then.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            tracing::warn!(%error, "io_uring keeps the socket; its port is free a moment later");
+        }
         // SAFETY: dropped once, here, and not used afterwards; this closes the ring.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
         // A deferring ring touches user memory only inside our own calls, of which

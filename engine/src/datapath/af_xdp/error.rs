@@ -157,7 +157,7 @@ pub enum AfXdpError {
 pub(super) fn advice(error: &io::Error, interface: &str, mtu: u32, frames: u32) -> String {
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
-            "CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF are needed: run as root or grant them".into()
+            "CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF are needed: run as root or grant them: setcap cap_net_admin,cap_net_raw,cap_bpf+ep /path/to/the/program".into()
         }
         Some(libc::ENOMEM | libc::ENOBUFS) => format!(
             "{frames} frames do not fit the memory that may be locked: raise `ulimit -l`, grant CAP_IPC_LOCK, or use fewer frames"
