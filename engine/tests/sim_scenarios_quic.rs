@@ -85,9 +85,9 @@ fn entered(flow: &FlowResult, state: State) -> Option<u64> {
     flow.states.iter().find(|(_, name)| name == state.name()).map(|(at, _)| *at)
 }
 
-/// The first sample at or after a time.
+/// The first sample after a time, which is in whole milliseconds.
 fn sample_at(samples: &[Sample], at_ms: u64) -> &Sample {
-    let at = Duration::from_millis(at_ms);
+    let at = Duration::from_millis(at_ms + 1);
     let index = samples.partition_point(|sample| sample.at < at);
     &samples[index.min(samples.len() - 1)]
 }

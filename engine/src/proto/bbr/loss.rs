@@ -148,7 +148,7 @@ impl Bbr {
     /// The last round lost more than the threshold, in enough separate places.
     ///
     /// And the estimate did not grow meanwhile, which the drafts do not ask for: a full pipe was
-    /// full for a round trip before its first loss is seen, it delivers no more afterwards. Small
+    /// full for most of a round trip before its first loss is seen and delivers little more after. Small
     /// rounds at 1 % of random loss have 2 % and three losses every now and then (seen: one flow
     /// in eight), and a flow that leaves Startup at a fraction of the path's
     /// rate needs minutes for the rest.
