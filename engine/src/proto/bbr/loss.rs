@@ -33,6 +33,7 @@ pub(super) struct Congestion {
     lost_ranges_in_round: u32,
     last_lost: Option<u64>,
     delivered_at_first_loss: u64,
+    max_bw_at_first_loss: u64,
     /// The loss round that has just ended had too much loss for Startup.
     pub(super) startup_loss_too_high: bool,
     /// Since when the path has been in persistent congestion (RFC 9002 §7.6).
@@ -73,6 +74,7 @@ impl Congestion {
             lost_ranges_in_round: 0,
             last_lost: None,
             delivered_at_first_loss: 0,
+            max_bw_at_first_loss: 0,
             startup_loss_too_high: false,
             recovery_start_ns: None,
             ecn: Ecn {
@@ -144,11 +146,18 @@ impl Bbr {
     }
 
     /// The last round lost more than the threshold, in enough separate places.
+    ///
+    /// And the estimate did not grow meanwhile, which the drafts do not ask for: a full pipe was
+    /// full for most of a round trip before its first loss is seen and delivers little more after. Small
+    /// rounds at 1 % of random loss have 2 % and three losses every now and then (seen: one flow
+    /// in eight), and a flow that leaves Startup at a fraction of the path's
+    /// rate needs minutes for the rest.
     fn is_startup_loss_too_high(&self) -> bool {
         let c = &self.congestion;
         let delivered = self.sampler.delivered - c.delivered_at_first_loss;
         c.loss_in_round
             && c.lost_ranges_in_round >= self.params.startup_full_loss_count
+            && self.max_bw.max() < scale(c.max_bw_at_first_loss, self.params.full_bw_growth_milli)
             && c.lost_in_round > scale(c.lost_in_round + delivered, self.params.loss_thresh_milli)
     }
 
@@ -225,6 +234,7 @@ impl Bbr {
         let c = &mut self.congestion;
         c.loss_round_delivered = self.sampler.delivered;
         c.delivered_at_first_loss = self.sampler.delivered;
+        c.max_bw_at_first_loss = self.max_bw.max();
         c.lost_in_round = 0;
         c.lost_ranges_in_round = 0;
         c.last_lost = None;

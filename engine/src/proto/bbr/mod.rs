@@ -178,6 +178,8 @@ pub struct Bbr {
     drain_start_round: u64,
     idle_restart: bool,
     resume: Resume,
+    /// The remembered bandwidth that a jump aimed at, bytes/s, until it is reached.
+    resume_rate: Option<u64>,
     batch: Batch,
     limited: Limited,
     // The control parameters.
@@ -223,6 +225,7 @@ impl Bbr {
             drain_start_round: 0,
             idle_restart: false,
             resume: Resume::new(config.resume),
+            resume_rate: None,
             batch: Batch::default(),
             limited: Limited::default(),
             cwnd: initial_window,
