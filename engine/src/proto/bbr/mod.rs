@@ -322,7 +322,7 @@ impl Bbr {
         self.update_congestion_signals(now_ns);
         self.update_ack_aggregation(now_ns, rs);
         self.check_full_bw_reached(rs);
-        self.check_startup_done();
+        self.check_startup_done(now_ns);
         self.check_drain_done(now_ns);
         self.update_probe_bw(now_ns, rs);
         self.update_min_rtt(now_ns, rs);

@@ -98,8 +98,9 @@ impl Bbr {
             self.resume = Resume::Off;
             return;
         }
+        // Whether data waits now; the samples are of packets of the handshake, all marked.
         let enough = self.sampler.delivered >= self.initial_window;
-        if !rs.has_data || !enough || rs.app_limited || !self.is_cwnd_limited() {
+        if !rs.has_data || !enough || self.probe.is_app_limited(false) {
             return;
         }
         self.resume = Resume::Off;

@@ -197,12 +197,13 @@ impl Bbr {
 
     /// `CheckStartupDone`. The loss exit looks at no app-limited flag: loss is
     /// loss, whoever limited the rate.
-    pub(super) fn check_startup_done(&mut self) {
+    pub(super) fn check_startup_done(&mut self, now_ns: u64) {
         if self.state != State::Startup {
             return;
         }
         if !self.full.reached && self.congestion.startup_loss_too_high {
             self.undo.state = Some(State::Startup);
+            self.congestion.startup_answered_ns = now_ns;
             self.leave_startup_at(self.bdp().max(self.congestion.inflight_latest));
         } else if !self.full.reached && self.congestion.ecn.is_startup_done(&self.params) {
             self.leave_startup_at(self.bdp());
