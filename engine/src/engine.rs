@@ -583,15 +583,14 @@ impl Engine {
     /// # Errors
     /// A value is out of range, the length is another, or the rotation bits are in use.
     pub fn rotate_cids(&self, config: &CidConfig) -> Result<(), ConfigError> {
-        let publish = |table: &_| match self.steering.as_ref().map(|kernel| kernel.set_table(table))
-        {
-            Some(Err(error)) => {
+        let publish = |table: &_| {
+            let set = self.steering.as_ref().map(|kernel| kernel.set_table(table));
+            if let Some(Err(error)) = set {
                 tracing::warn!(
                     error,
                     "the kernel steers by the old configuration: hand-off instead"
                 );
             }
-            Some(Ok(())) | None => {}
         };
         self.cids.rotate(config, publish)?;
         tracing::info!(rotation = config.rotation, "connection IDs have a new configuration");
