@@ -184,7 +184,7 @@ impl Builder {
             })?;
         }
         let cids = Cids::new(CidTable::new(&config.cid, config.shards));
-        let opened = open::open(&config, cids.table().steer_table())?;
+        let opened = open::open_steered(&config, Some(cids.table().steer_table()))?;
         let mailboxes: Arc<[Mailbox]> = (0..config.shards)
             .map(|_| Mailbox::new(config.mailbox_capacity))
             .collect::<std::io::Result<_>>()

@@ -80,12 +80,20 @@ impl Opened {
     }
 }
 
-/// Opens the datapaths that `config` asks for; `table` says which shard owns a packet.
+/// Opens the datapaths that `config` asks for, without steering in the kernel.
 ///
 /// # Errors
 /// What was demanded cannot be had: the text names it and the fix. `Auto` fails
 /// only when not even plain sockets can be opened.
-pub fn open(config: &TransportConfig, table: &SteerTable) -> Result<Opened, StartError> {
+pub fn open(config: &TransportConfig) -> Result<Opened, StartError> {
+    open_steered(config, None)
+}
+
+/// The same; `table` says which shard owns a packet.
+pub(crate) fn open_steered(
+    config: &TransportConfig,
+    table: Option<&SteerTable>,
+) -> Result<Opened, StartError> {
     match config.datapath {
         DatapathChoice::AfXdp => open_af_xdp(config).map(|opened| opened.because("asked for")),
         DatapathChoice::IoUring => {
@@ -99,7 +107,7 @@ pub fn open(config: &TransportConfig, table: &SteerTable) -> Result<Opened, Star
 }
 
 /// The best by capability; what cannot be opened after all is left for the next.
-fn open_best(config: &TransportConfig, table: &SteerTable) -> Result<Opened, StartError> {
+fn open_best(config: &TransportConfig, table: Option<&SteerTable>) -> Result<Opened, StartError> {
     let interface = config.interface.clone().or_else(|| interface_of(config));
     let facts = interface.as_deref().and_then(interface_facts);
     let mut reasons = Vec::new();
@@ -196,13 +204,19 @@ fn open_each<D: Datapath>(
     Ok(paths)
 }
 
-fn open_io_uring(config: &TransportConfig, table: &SteerTable) -> Result<Opened, StartError> {
+fn open_io_uring(
+    config: &TransportConfig,
+    table: Option<&SteerTable>,
+) -> Result<Opened, StartError> {
     let paths = open_each(config, "io_uring", IoUringDatapath::open)?;
     let (steering, reasons) = steer(paths.iter().map(IoUringDatapath::udp_socket), table);
     Ok(Opened { datapaths: Datapaths::IoUring(paths), reasons, xdp: None, steering })
 }
 
-fn open_sockets(config: &TransportConfig, table: &SteerTable) -> Result<Opened, StartError> {
+fn open_sockets(
+    config: &TransportConfig,
+    table: Option<&SteerTable>,
+) -> Result<Opened, StartError> {
     let paths = open_each(config, "socket", SocketDatapath::open)?;
     let (steering, reasons) = steer(paths.iter().map(SocketDatapath::udp_socket), table);
     Ok(Opened { datapaths: Datapaths::Socket(paths), reasons, xdp: None, steering })
@@ -211,12 +225,10 @@ fn open_sockets(config: &TransportConfig, table: &SteerTable) -> Result<Opened, 
 /// Lets the kernel give packets to the shards' sockets, if it can; says once if it cannot.
 fn steer<'a>(
     sockets: impl Iterator<Item = BorrowedFd<'a>>,
-    table: &SteerTable,
+    table: Option<&SteerTable>,
 ) -> (Option<SteeringHandle>, Vec<String>) {
     let sockets: Vec<BorrowedFd<'_>> = sockets.collect();
-    if sockets.len() == 1 {
-        return (None, Vec::new());
-    }
+    let Some(table) = table.filter(|_| sockets.len() > 1) else { return (None, Vec::new()) };
     match SteeringHandle::attach(&sockets, table) {
         Ok(steering) => {
             tracing::info!(shards = sockets.len(), "the kernel steers packets to their shards");
