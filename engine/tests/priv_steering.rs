@@ -6,7 +6,7 @@ mod common;
 #[allow(dead_code, unreachable_pub)]
 mod pair;
 #[path = "common/relay.rs"]
-#[allow(unreachable_pub)]
+#[allow(dead_code, unreachable_pub)]
 mod relay;
 
 use std::collections::BTreeMap;
