@@ -4,7 +4,6 @@
 #![allow(unreachable_pub)]
 
 mod client;
-mod cpu;
 mod doctor;
 mod engine;
 mod get;

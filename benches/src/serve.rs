@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use bytes::Bytes;
 use clap::Args as ClapArgs;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -14,6 +15,7 @@ use stoq::app::{ConnId, ShardApp, ShardCx};
 use stoq::engine::Engine;
 use stoq::error::ConnectionError;
 use stoq::{Dir, StreamId, VarInt};
+use stoq_measure::wire::DatagramSink;
 
 use crate::engine::{TransportArgs, datapath_words, stats_json, xdp_json};
 use crate::hq::{FileChunk, FileReaders, HqStream};
@@ -140,6 +142,7 @@ struct Service {
     readers: Option<FileReaders>,
     protocols: HashMap<ConnId, Protocol>,
     streams: HashMap<(ConnId, StreamId), Stream>,
+    datagrams: HashMap<ConnId, DatagramSink>,
 }
 
 impl Service {
@@ -207,8 +210,13 @@ impl ShardApp for Service {
     }
 
     fn handle_datagrams(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {
-        // The perf protocol's sink: datagrams are counted by the connection's statistics.
-        while cx.recv_datagram(conn).is_some() {}
+        let sink = self.datagrams.entry(conn).or_default();
+        while let Some(datagram) = cx.recv_datagram(conn) {
+            if let Some(echo) = sink.handle(&datagram) {
+                // Echoes are datagrams themselves: one that finds no room is lost like one.
+                let _may_be_lost = cx.send_datagram(conn, Bytes::copy_from_slice(&echo));
+            }
+        }
     }
 
     fn handle_message(&mut self, cx: &mut ShardCx<'_>, message: Box<dyn Any + Send>) {
@@ -222,6 +230,7 @@ impl ShardApp for Service {
 
     fn handle_closed(&mut self, _cx: &mut ShardCx<'_>, conn: ConnId, _reason: &ConnectionError) {
         self.protocols.remove(&conn);
+        self.datagrams.remove(&conn);
         self.streams.retain(|(owner, _), _| *owner != conn);
     }
 }

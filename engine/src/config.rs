@@ -4,6 +4,7 @@
 //! names the key, the value and the range. Sizes are in bytes, times in the
 //! unit that ends the name.
 
+mod cid;
 mod pool;
 mod tls;
 
@@ -21,6 +22,12 @@ use crate::metrics::ShardMetrics;
 use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
 
+#[cfg(test)]
+pub(crate) use cid::unhex;
+pub use cid::{
+    CID_BYTES_MAX, CID_NONCE_BYTES_MIN, CID_ROTATION_MAX, CID_SERVER_ID_BYTES_MAX, CID_SHARD_BYTES,
+    CidConfig, CidKey, ServerId,
+};
 pub use pool::PoolConfig;
 pub use tls::TlsConfig;
 
@@ -175,6 +182,8 @@ pub struct TransportConfig {
     pub first_queue: u32,
     /// Cores for the shards, in order; empty: the engine chooses.
     pub cores: Vec<usize>,
+    /// How connection IDs are made.
+    pub cid: CidConfig,
     /// Congestion control of new connections.
     pub congestion_control: CongestionControl,
     /// Streams of each kind that a peer may have open. 0 to 2^60.
@@ -262,6 +271,7 @@ impl Default for TransportConfig {
             shards: 1,
             first_queue: 0,
             cores: Vec::new(),
+            cid: CidConfig::default(),
             congestion_control: CongestionControl::Bbr2,
             max_concurrent_streams: 1000,
             send_buffer_size: 16 << 20,
@@ -313,6 +323,14 @@ fn check<T: PartialOrd + fmt::Display>(
     Err(ConfigError { key, value: value.to_string(), allowed: format!("{min} to {max}") })
 }
 
+/// What is wrong with a configuration and on which line, which is not shown: it may hold a key.
+fn describe(text: &str, error: &toml::de::Error) -> String {
+    match error.span().and_then(|span| text.get(..span.start)) {
+        Some(before) => format!("line {}: {}", 1 + before.matches('\n').count(), error.message()),
+        None => error.message().to_owned(),
+    }
+}
+
 /// Slots of a hash table with so many entries: at most 7 of 8 are used, and their number is a power of two.
 const fn table_slots(entries: u64) -> u64 {
     (entries + entries / 7 + 1).next_power_of_two()
@@ -324,7 +342,7 @@ impl TransportConfig {
     /// # Errors
     /// Says the line of a syntax error or an unknown key, or the key whose value is out of range.
     pub fn from_toml(text: &str) -> Result<Self, String> {
-        let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
+        let config: Self = toml::from_str(text).map_err(|error| describe(text, &error))?;
         config.validate().map_err(|error| error.to_string())?;
         Ok(config)
     }
@@ -368,6 +386,7 @@ impl TransportConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         const GIB: u64 = 1 << 30;
         check("shards", self.shards, 1, SHARDS_MAX)?;
+        self.cid.validate()?;
         check("max_concurrent_streams", self.max_concurrent_streams, 0, 1 << 60)?;
         check("send_buffer_size", self.send_buffer_size, 2 * 1200, 16 * GIB)?;
         check("receive_buffer_size", self.receive_buffer_size, 2 * 1200, 16 * GIB)?;

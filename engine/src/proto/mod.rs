@@ -6,7 +6,7 @@
 //! then `poll_transmit` until it is blocked, then the timeout.
 
 pub mod bbr;
-pub mod cid;
+pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
 pub(crate) mod pacing;
@@ -106,7 +106,7 @@ pub(crate) struct Protocol {
 pub(crate) struct ProtocolSetup {
     pub(crate) config: Arc<TransportConfig>,
     pub(crate) identity: QuicIdentity,
-    pub(crate) cid_key: cid::CidKey,
+    pub(crate) cids: cid::Cids,
     pub(crate) shard: usize,
     /// Shards of the engine.
     pub(crate) shards: usize,
@@ -124,15 +124,7 @@ impl Protocol {
     pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
         let pools = pooling::pools(&setup);
         let ProtocolSetup {
-            config,
-            identity,
-            cid_key,
-            shard,
-            metrics,
-            mailbox,
-            mtu_bytes,
-            seed,
-            ..
+            config, identity, cids, shard, metrics, mailbox, mtu_bytes, seed, ..
         } = setup;
         let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
         let transport = Arc::new(config.quic(mtu_bytes, cc_seed, metrics.clone()));
@@ -151,7 +143,7 @@ impl Protocol {
             .cid_generator(move || {
                 let mut cid_seed = seed;
                 cid_seed[0] ^= 0x5a;
-                Box::new(cid::ShardCidGenerator::new(cid_key.clone(), shard as u8, cid_seed))
+                Box::new(cid::ShardCidGenerator::new(cids.clone(), shard as u8, cid_seed))
             });
         let server = identity.server.map(|crypto| {
             let token_key = identity.token_key.clone().unwrap_or_else(|| random_token_key(&seed));

@@ -39,7 +39,7 @@ use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
 use crate::handles::HandleApp;
 use crate::metrics::ShardMetrics;
-use crate::proto::cid::{self, CidKey};
+use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{AppEvent, Gate, Owner, Protocol, tx_meta};
 use mailbox::{Command, Mailbox, ShutdownOrder};
 
@@ -70,7 +70,7 @@ struct Ending {
 #[derive(Clone)]
 pub(crate) struct Siblings {
     pub(crate) mailboxes: Arc<[Mailbox]>,
-    pub(crate) cid_key: CidKey,
+    pub(crate) cids: Cids,
 }
 
 /// One core's share of the engine. See the [module documentation](self).
@@ -161,8 +161,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.metrics.rx_batch.record(self.rx.len() as u64);
         }
         let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
+        let cids = self.siblings.cids.table();
         for datagram in batch.drain() {
-            self.route(now, datagram);
+            self.route(now, &cids, datagram);
         }
         self.rx = batch;
         for shard in self.woken.drain(..) {
@@ -176,10 +177,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     }
 
     /// Mine, or another shard's by its connection ID.
-    fn route(&mut self, now: Instant, datagram: RxDatagram) {
-        let shards = self.siblings.mailboxes.len();
-        if shards > 1 {
-            match cid::owner(&self.siblings.cid_key, shards, &datagram.data) {
+    fn route(&mut self, now: Instant, cids: &CidTable, datagram: RxDatagram) {
+        if self.siblings.mailboxes.len() > 1 {
+            match cids.owner(&datagram.data) {
                 Some(owner) if owner == self.proto.shard_index() => {}
                 Some(owner) => return self.hand_over(owner, datagram),
                 None => {

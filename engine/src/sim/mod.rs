@@ -15,14 +15,14 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::{Clock, SimClock};
-use crate::config::TransportConfig;
+use crate::config::{CidConfig, CidKey, TransportConfig};
 use crate::datapath::Datapath;
 use crate::datapath::sim::{EndpointId, SimDatapath, SimNode};
 use crate::engine::EngineShared;
 use crate::error::StartError;
 use crate::handles::HandleApp;
 use crate::metrics::{ShardCounters, ShardMetrics};
-use crate::proto::cid::CidKey;
+use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings};
@@ -69,7 +69,11 @@ impl SimHost {
         let metrics = Arc::new(ShardMetrics::default());
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
-        let cid_key = CidKey::new(&[0x42; 16]);
+        let cid = CidConfig {
+            key: Some(setup.config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]))),
+            ..setup.config.cid.clone()
+        };
+        let cids = Cids::new(CidTable::new(&cid, 1));
         let endpoint = datapath.id();
         let proto = Protocol::new(
             ProtocolSetup {
@@ -81,7 +85,7 @@ impl SimHost {
                     token_key: None,
                     reset_key: None,
                 },
-                cid_key: cid_key.clone(),
+                cids: cids.clone(),
                 shard: 0,
                 shards: 1,
                 metrics: metrics.clone(),
@@ -97,7 +101,7 @@ impl SimHost {
             HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
             Some(Box::new(app)),
             mailbox.clone(),
-            Siblings { mailboxes, cid_key },
+            Siblings { mailboxes, cids },
             metrics.clone(),
         );
         Ok(Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false })
