@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
-use crate::proto::bbr::{BbrConfig, Params};
+use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
 
 #[cfg(test)]
@@ -105,10 +105,12 @@ impl CongestionControl {
         self,
         initial_window_bytes: u64,
         seed: u64,
+        resume: Option<ResumeSeed>,
     ) -> Arc<dyn ControllerFactory + Send + Sync> {
         let bbr = |params| {
             let mut config = BbrConfig::new(params, seed);
             config.initial_window_bytes = Some(initial_window_bytes);
+            config.resume = resume;
             Arc::new(config)
         };
         match self {
@@ -261,6 +263,10 @@ pub struct TransportConfig {
     pub allow_skb_mode: bool,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
+    /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
+    /// not read from files: it holds for one path.
+    #[serde(skip)]
+    pub resume: Option<ResumeSeed>,
 }
 
 impl Default for TransportConfig {
@@ -307,6 +313,7 @@ impl Default for TransportConfig {
             require_zero_copy: false,
             allow_skb_mode: false,
             qlog_dir: None,
+            resume: None,
         }
     }
 }
@@ -509,7 +516,7 @@ impl TransportConfig {
             // The shard polls packet by packet; each gets a time stamp of its own.
             .enable_segmentation_offload(false)
             .congestion_controller_factory(Arc::new(GatedFactory {
-                inner: self.congestion_control.factory(initial_window, seed),
+                inner: self.congestion_control.factory(initial_window, seed, self.resume),
                 metrics,
             }));
         quic

@@ -4,7 +4,7 @@
 #[allow(dead_code, unreachable_pub)]
 mod pair;
 #[path = "common/relay.rs"]
-#[allow(unreachable_pub)]
+#[allow(dead_code, unreachable_pub)]
 mod relay;
 
 use std::net::Ipv6Addr;

@@ -93,9 +93,10 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Everything that the shards publish.
+/// Everything that the shards publish, and what the kernel steered to them.
 pub(crate) fn render<'a>(
     shards: impl IntoIterator<Item = (&'a ShardMetrics, &'a Capabilities)>,
+    steered: &[(&str, u64)],
 ) -> String {
     let mut out = Exposition::default();
     let version = concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"");
@@ -135,6 +136,11 @@ pub(crate) fn render<'a>(
             let family = out.family(name, "histogram", help);
             distribution(family, &shard, histogram, &BATCH_BOUNDS, 1.0);
         }
+    }
+    for (outcome, packets) in steered {
+        let help = "Packets that the kernel's steering to shards looked at, by outcome.";
+        let family = out.family("stoq_steering_packets_total", "counter", help);
+        family.sample("", &format!("outcome=\"{outcome}\""), *packets);
     }
     out.into_text()
 }
@@ -226,7 +232,7 @@ mod tests {
             metrics[1].rtt_ns.record(us * 1000);
         }
         let capabilities = capabilities();
-        render(metrics.iter().map(|shard| (shard, &capabilities)))
+        render(metrics.iter().map(|shard| (shard, &capabilities)), &[("steered_by_id", 3)])
     }
 
     #[test]

@@ -456,6 +456,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.scratch.clear();
             let gate = conn.gate(now);
             let mut polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
+            conn.note_attempt(gate, polled.is_some());
             if polled.is_none() && gate != Gate::Open && conn.open_for_owed_ack(now) {
                 self.scratch.clear();
                 polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
@@ -666,6 +667,11 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Why the datapath gave up, if it did.
     pub(crate) fn failure(&self) -> Option<&str> {
         self.failed.as_deref()
+    }
+
+    /// The protocol, for observers in virtual time.
+    pub(crate) fn protocol(&self) -> &Protocol {
+        &self.proto
     }
 
     pub(crate) fn clock(&self) -> &C {

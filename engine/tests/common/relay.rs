@@ -18,8 +18,10 @@ struct Shared {
     stop: AtomicBool,
     rebindings_wanted: AtomicU64,
     rebindings: AtomicU64,
-    /// First bytes of the short headers that the client sent, its destination connection IDs.
-    seen: Mutex<BTreeSet<Vec<u8>>>,
+    /// Destination connection IDs of short headers that the client sent.
+    from_client: Mutex<BTreeSet<Vec<u8>>>,
+    /// Those that the server sent.
+    from_server: Mutex<BTreeSet<Vec<u8>>>,
 }
 
 /// The relay; its thread ends with it.
@@ -68,7 +70,12 @@ impl Relay {
 
     /// Destination connection IDs of the client's 1-RTT packets so far.
     pub fn cids(&self) -> BTreeSet<Vec<u8>> {
-        self.shared.seen.lock().expect("not poisoned").clone()
+        self.shared.from_client.lock().expect("not poisoned").clone()
+    }
+
+    /// Those of the server's 1-RTT packets.
+    pub fn cids_of_server(&self) -> BTreeSet<Vec<u8>> {
+        self.shared.from_server.lock().expect("not poisoned").clone()
     }
 }
 
@@ -113,7 +120,7 @@ impl Worker {
             let Some((len, from)) = receive(&self.front, buffer) else { break };
             worked = true;
             self.client = Some(from);
-            self.note(&buffer[..len]);
+            self.note(&buffer[..len], &self.shared.from_client);
             self.rebind_if_told();
             let binding = self.bindings.last().expect("one is in use");
             // A full socket buffer loses the datagram, as a NAT would.
@@ -128,6 +135,7 @@ impl Worker {
             for _ in 0..64 {
                 let Some((len, _)) = receive(binding, buffer) else { break };
                 worked = true;
+                self.note(&buffer[..len], &self.shared.from_server);
                 if let Some(client) = self.client {
                     let _lost = self.front.send_to(&buffer[..len], client);
                 }
@@ -136,11 +144,11 @@ impl Worker {
         worked
     }
 
-    fn note(&self, datagram: &[u8]) {
-        if datagram[0] & 0x80 == 0
+    fn note(&self, datagram: &[u8], seen: &Mutex<BTreeSet<Vec<u8>>>) {
+        if datagram.first().is_some_and(|first| first & 0x80 == 0)
             && let Some(cid) = datagram.get(1..1 + self.cid_bytes)
         {
-            let mut seen = self.shared.seen.lock().expect("not poisoned");
+            let mut seen = seen.lock().expect("not poisoned");
             if !seen.contains(cid) {
                 seen.insert(cid.to_vec());
             }
