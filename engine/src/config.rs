@@ -4,6 +4,7 @@
 //! names the key, the value and the range. Sizes are in bytes, times in the
 //! unit that ends the name.
 
+mod cid;
 mod pool;
 mod tls;
 
@@ -18,9 +19,15 @@ use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
-use crate::proto::bbr::{BbrConfig, Params};
+use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
 
+#[cfg(test)]
+pub(crate) use cid::unhex;
+pub use cid::{
+    CID_BYTES_MAX, CID_NONCE_BYTES_MIN, CID_ROTATION_MAX, CID_SERVER_ID_BYTES_MAX, CID_SHARD_BYTES,
+    CidConfig, CidKey, ServerId,
+};
 pub use pool::PoolConfig;
 pub use tls::TlsConfig;
 
@@ -30,6 +37,8 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
+pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
 pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
 /// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
@@ -40,8 +49,13 @@ pub const IDLE_CONNECTION_BYTES_MAX: u64 = 64 << 10;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Timers that one turn expires at most.
-pub const TIMERS_PER_TURN_MAX: usize = 1024;
+/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
+/// commands of either kind; whatever arrived behind them waits for the next turn.
+pub const HANDSHAKE_STEPS_MAX: usize = 3;
+/// Connections that a shutdown closes in one turn at most.
+pub const CLOSES_PER_TURN_MAX: usize = 128;
+/// Entries of the timer wheel that one turn expires or moves at most.
+pub const TIMERS_PER_TURN_MAX: usize = 128;
 /// Packets that one connection sends before the next connection has its turn.
 pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
 /// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
@@ -53,7 +67,7 @@ pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
 /// Connection attempts that one turn starts for a shard's pool at most.
-pub const POOL_CONNECTS_PER_TURN_MAX: usize = 64;
+pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
@@ -91,10 +105,12 @@ impl CongestionControl {
         self,
         initial_window_bytes: u64,
         seed: u64,
+        resume: Option<ResumeSeed>,
     ) -> Arc<dyn ControllerFactory + Send + Sync> {
         let bbr = |params| {
             let mut config = BbrConfig::new(params, seed);
             config.initial_window_bytes = Some(initial_window_bytes);
+            config.resume = resume;
             Arc::new(config)
         };
         match self {
@@ -173,6 +189,8 @@ pub struct TransportConfig {
     pub first_queue: u32,
     /// Cores for the shards, in order; empty: the engine chooses.
     pub cores: Vec<usize>,
+    /// How connection IDs are made.
+    pub cid: CidConfig,
     /// Congestion control of new connections.
     pub congestion_control: CongestionControl,
     /// Streams of each kind that a peer may have open. 0 to 2^60.
@@ -245,6 +263,10 @@ pub struct TransportConfig {
     pub allow_skb_mode: bool,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
+    /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
+    /// not read from files: it holds for one path.
+    #[serde(skip)]
+    pub resume: Option<ResumeSeed>,
 }
 
 impl Default for TransportConfig {
@@ -256,6 +278,7 @@ impl Default for TransportConfig {
             shards: 1,
             first_queue: 0,
             cores: Vec::new(),
+            cid: CidConfig::default(),
             congestion_control: CongestionControl::Bbr2,
             max_concurrent_streams: 1000,
             send_buffer_size: 16 << 20,
@@ -290,6 +313,7 @@ impl Default for TransportConfig {
             require_zero_copy: false,
             allow_skb_mode: false,
             qlog_dir: None,
+            resume: None,
         }
     }
 }
@@ -306,6 +330,14 @@ fn check<T: PartialOrd + fmt::Display>(
     Err(ConfigError { key, value: value.to_string(), allowed: format!("{min} to {max}") })
 }
 
+/// What is wrong with a configuration and on which line, which is not shown: it may hold a key.
+fn describe(text: &str, error: &toml::de::Error) -> String {
+    match error.span().and_then(|span| text.get(..span.start)) {
+        Some(before) => format!("line {}: {}", 1 + before.matches('\n').count(), error.message()),
+        None => error.message().to_owned(),
+    }
+}
+
 /// Slots of a hash table with so many entries: at most 7 of 8 are used, and their number is a power of two.
 const fn table_slots(entries: u64) -> u64 {
     (entries + entries / 7 + 1).next_power_of_two()
@@ -317,7 +349,7 @@ impl TransportConfig {
     /// # Errors
     /// Says the line of a syntax error or an unknown key, or the key whose value is out of range.
     pub fn from_toml(text: &str) -> Result<Self, String> {
-        let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
+        let config: Self = toml::from_str(text).map_err(|error| describe(text, &error))?;
         config.validate().map_err(|error| error.to_string())?;
         Ok(config)
     }
@@ -361,6 +393,7 @@ impl TransportConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         const GIB: u64 = 1 << 30;
         check("shards", self.shards, 1, SHARDS_MAX)?;
+        self.cid.validate()?;
         check("max_concurrent_streams", self.max_concurrent_streams, 0, 1 << 60)?;
         check("send_buffer_size", self.send_buffer_size, 2 * 1200, 16 * GIB)?;
         check("receive_buffer_size", self.receive_buffer_size, 2 * 1200, 16 * GIB)?;
@@ -445,6 +478,11 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
+        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+            // Only links inside a machine carry so much, and those carry all of what their route
+            // says: a coarse search ends at exactly that, with a third of the probes.
+            discovery.minimum_change(upper_bound / 16);
+        }
         let mut quic = quinn_proto::TransportConfig::default();
         let initial_window = self.initial_window_packets * u64::from(initial_mtu);
         quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
@@ -478,7 +516,7 @@ impl TransportConfig {
             // The shard polls whole batches, over every datapath.
             .enable_segmentation_offload(true)
             .congestion_controller_factory(Arc::new(GatedFactory {
-                inner: self.congestion_control.factory(initial_window, seed),
+                inner: self.congestion_control.factory(initial_window, seed, self.resume),
                 metrics,
             }));
         quic

@@ -18,9 +18,10 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::SystemClock;
-use crate::config::{POOL_EVENTS_QUEUED_MAX, TransportConfig};
+use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::connection::Connection;
 use crate::datapath::open::{self, Opened};
+use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
 use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp, PoolCommand};
@@ -29,10 +30,11 @@ use crate::metrics::{
 };
 use crate::placement;
 use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
-use crate::proto::cid::CidKey;
+use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings, worker};
+use crate::sys::numa::PreferredNode;
 
 type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
 
@@ -117,7 +119,6 @@ pub struct Builder {
     config: TransportConfig,
     identity: QuicIdentity,
     app: Option<AppFactory>,
-    cid_key: Option<CidKey>,
 }
 
 impl Builder {
@@ -152,10 +153,11 @@ impl Builder {
         self
     }
 
-    /// The key that hides shards in connection IDs; engines behind one balancer share it.
+    /// The key that hides servers and shards in connection IDs; engines behind one balancer share
+    /// it. The same as [`CidConfig::key`](crate::config::CidConfig::key).
     #[must_use]
     pub fn cid_key(mut self, key: CidKey) -> Self {
-        self.cid_key = Some(key);
+        self.config.cid.key = Some(key);
         self
     }
 
@@ -164,7 +166,7 @@ impl Builder {
     /// # Errors
     /// A setting, the datapath, a core or the system refused; nothing is left behind.
     pub fn start(self) -> Result<Engine, StartError> {
-        let Self { config, mut identity, app, cid_key } = self;
+        let Self { config, mut identity, app } = self;
         config.validate()?;
         let mut secret = [0; 64];
         aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
@@ -182,15 +184,22 @@ impl Builder {
                 source,
             })?;
         }
-        let opened = open::open(&config)?;
+        let interface = open::interface_name(&config);
+        let placement = placement::place(&config, interface.as_deref())?;
+        let cids = Cids::new(CidTable::new(&config.cid, config.shards));
+        let opened = {
+            // Packet memory and rings are made here; what a pinned shard allocates lies on its node.
+            let _near_the_card = placement.node.map(prefer_node);
+            open::open_steered(&config, Some(cids.table().steer_table()))?
+        };
         let mailboxes: Arc<[Mailbox]> = (0..config.shards)
             .map(|_| Mailbox::new(config.mailbox_capacity))
             .collect::<std::io::Result<_>>()
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
-            siblings: Siblings { mailboxes, cid_key: cid_key.unwrap_or_else(CidKey::random) },
-            cores: placement::cores(&config)?,
+            siblings: Siblings { mailboxes, cids },
+            cores: placement.cores,
             config: Arc::new(config),
             identity,
             app,
@@ -200,6 +209,16 @@ impl Builder {
         };
         starter.start(opened)
     }
+}
+
+/// Takes this thread's new memory from a node while the answer lives; goes without where the
+/// system refuses, which costs speed only.
+fn prefer_node(node: usize) -> Option<PreferredNode> {
+    PreferredNode::set(node)
+        .inspect_err(|error| {
+            tracing::warn!(node, %error, "set_mempolicy: packet memory may lie on another node");
+        })
+        .ok()
 }
 
 struct Starter {
@@ -220,6 +239,7 @@ impl Starter {
         let metrics_address = self.config.metrics_address;
         let reasons = opened.reasons.clone();
         let xdp = opened.xdp.clone();
+        let steering = opened.steering.clone();
         let result = match opened.datapaths {
             open::Datapaths::AfXdp(paths) => self.spawn_all(paths),
             open::Datapaths::IoUring(paths) => self.spawn_all(paths),
@@ -234,7 +254,9 @@ impl Starter {
             local,
             reasons,
             xdp,
+            steering,
             rates: Mutex::default(),
+            cids: self.siblings.cids,
             exporter: None,
         };
         // An engine that started in part is dropped here, which ends its shards.
@@ -278,7 +300,7 @@ impl Starter {
         let setup = ProtocolSetup {
             config: self.config.clone(),
             identity: self.identity.clone(),
-            cid_key: self.siblings.cid_key.clone(),
+            cids: self.siblings.cids.clone(),
             shard,
             shards: self.config.shards,
             metrics: metrics.clone(),
@@ -340,7 +362,9 @@ pub struct Engine {
     local: SocketAddrV6,
     reasons: Vec<String>,
     xdp: Option<open::XdpHandle>,
+    steering: Option<SteeringHandle>,
     rates: Mutex<RateWindow>,
+    cids: Cids,
     exporter: Option<MetricsServer>,
 }
 
@@ -542,7 +566,8 @@ impl Engine {
     /// The statistics as Prometheus text, as `metrics_address` serves them.
     #[must_use]
     pub fn prometheus(&self) -> String {
-        prometheus::render(self.metrics.iter().map(Arc::as_ref).zip(self.capabilities.iter()))
+        let shards = self.metrics.iter().map(Arc::as_ref).zip(self.capabilities.iter());
+        prometheus::render(shards, &SteeringHandle::published(self.steering.as_ref()))
     }
 
     /// Where metrics are served, when `metrics_address` asked for it.
@@ -554,13 +579,39 @@ impl Engine {
     fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
         let Some(address) = address else { return Ok(self) };
         let (metrics, capabilities) = (self.metrics.clone(), self.capabilities.clone());
-        let render =
-            move || prometheus::render(metrics.iter().map(Arc::as_ref).zip(capabilities.iter()));
+        let steering = self.steering.clone();
+        let render = move || {
+            let shards = metrics.iter().map(Arc::as_ref).zip(capabilities.iter());
+            prometheus::render(shards, &SteeringHandle::published(steering.as_ref()))
+        };
         let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {
             StartError::System { what: "listener for metrics (`metrics_address`)", source }
         })?;
         self.exporter = Some(exporter);
         Ok(self)
+    }
+
+    /// Makes `config` the configuration of connection IDs from now on: its key, server ID and rotation
+    /// bits, which must differ from the current ones. IDs of the configuration before it stay valid
+    /// until the next rotation; connections replace them as
+    /// [`lifetime_s`](CidConfig::lifetime_s) and migrations say. Give balancers the new configuration
+    /// first (draft-ietf-quic-load-balancers §3.1).
+    ///
+    /// # Errors
+    /// A value is out of range, the length is another, or the rotation bits are in use.
+    pub fn rotate_cids(&self, config: &CidConfig) -> Result<(), ConfigError> {
+        let publish = |table: &_| {
+            let set = self.steering.as_ref().map(|kernel| kernel.set_table(table));
+            if let Some(Err(error)) = set {
+                tracing::warn!(
+                    error,
+                    "the kernel steers by the old configuration: hand-off instead"
+                );
+            }
+        };
+        self.cids.rotate(config, publish)?;
+        tracing::info!(rotation = config.rotation, "connection IDs have a new configuration");
+        Ok(())
     }
 
     /// The XDP program's counters by name, where it runs.
@@ -569,6 +620,15 @@ impl Engine {
     /// When the kernel does not answer.
     pub fn xdp_counters(&self) -> Option<Result<Vec<(&'static str, u64)>, String>> {
         self.xdp.as_ref().map(open::XdpHandle::counters)
+    }
+
+    /// What the kernel's steering to shards has done, by name, where its program runs: with more
+    /// than one shard on sockets. [`datapath_reasons`](Self::datapath_reasons) says why it does not.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn steering_counters(&self) -> Option<Result<Vec<(&'static str, u64)>, String>> {
+        self.steering.as_ref().map(SteeringHandle::counters)
     }
 
     /// Stops accepting, lets streams go on for `grace`, closes what is left with `code` and

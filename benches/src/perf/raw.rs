@@ -9,6 +9,7 @@ use clap::Args as ClapArgs;
 use serde_json::json;
 use stoq::datapath::open::{Datapaths, open};
 use stoq::datapath::{Datapath, DatapathEvent, Ecn, RxBatch, TxMeta, TxVerdict};
+use stoq_measure::outcome::{Counts, Meter, Outcome};
 
 use crate::engine::TransportArgs;
 use crate::output;
@@ -69,28 +70,42 @@ fn drive(args: &Args, datapath: &mut impl Datapath) -> anyhow::Result<()> {
             "datapath": datapath.capabilities().kind.name(), "mode": datapath.capabilities().mode,
         }))?;
     }
-    let (packets, bytes, seconds) = match args.peer {
+    let (packets, bytes, outcome) = match args.peer {
         Some(peer) => send(args, datapath, peer)?,
         None => receive(datapath)?,
     };
-    let bps = bytes as f64 * 8.0 / seconds.max(1e-9);
     if args.transport.json {
-        let counters = datapath.counters();
-        let counters: serde_json::Map<_, _> =
-            counters.iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
-        return output::json_line(&json!({
-            "event": "done", "workload": "raw", "bytes": bytes, "packets": packets,
-            "seconds": seconds, "goodput_bps": bps,
-            "datapath": datapath.capabilities().kind.name(), "mode": datapath.capabilities().mode,
-            "stats": counters,
-        }));
+        return output::json_line(&outcome);
     }
     println!(
-        "{packets} datagrams, {} in {seconds:.2} s: {}",
+        "{packets} datagrams, {} in {:.2} s: {}",
         output::size(bytes),
-        output::rate(bps)
+        outcome.seconds,
+        output::rate(outcome.goodput_bps)
     );
     Ok(())
+}
+
+/// The report of either side.
+fn outcome(
+    datapath: &impl Datapath,
+    meter: Meter,
+    peer: Option<SocketAddrV6>,
+    packets: u64,
+    bytes: u64,
+) -> anyhow::Result<(u64, u64, Outcome)> {
+    let mut counts = Counts { bytes, ..Counts::default() };
+    counts.udp_payload = bytes.checked_div(packets);
+    let stats: serde_json::Map<_, _> =
+        datapath.counters().iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
+    let told = json!({
+        "packets": packets, "datapath": datapath.capabilities().kind.name(),
+        "mode": datapath.capabilities().mode, "stats": stats,
+    });
+    if let serde_json::Value::Object(told) = told {
+        counts.more.extend(told);
+    }
+    Ok((packets, bytes, meter.finish("stoq", "raw", peer, counts)?))
 }
 
 fn check(datapath: &mut impl Datapath) -> anyhow::Result<()> {
@@ -106,10 +121,11 @@ fn send(
     args: &Args,
     datapath: &mut impl Datapath,
     peer: SocketAddrV6,
-) -> anyhow::Result<(u64, u64, f64)> {
+) -> anyhow::Result<(u64, u64, Outcome)> {
     let payload = vec![0x40; usize::from(args.payload)];
     let meta = TxMeta { remote: peer, local: None, ecn: Ecn::NotEct };
     let mut batch = RxBatch::new(BATCH, 64 * 1024);
+    let meter = Meter::start(None)?;
     let start = Instant::now();
     let mut now = start;
     let (mut packets, mut dropped) = (0u64, 0u64);
@@ -129,15 +145,15 @@ fn send(
         now = Instant::now();
     }
     anyhow::ensure!(packets > 0, "nothing could be sent to {peer} ({dropped} refused)");
-    Ok((packets, packets * u64::from(args.payload), (now - start).as_secs_f64()))
+    outcome(datapath, meter, Some(peer), packets, packets * u64::from(args.payload))
 }
 
-fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, f64)> {
+fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, Outcome)> {
     let wake =
         rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).context("eventfd")?;
     let mut batch = RxBatch::new(256, 120 * 1024);
     let opened = Instant::now();
-    let (mut first, mut last) = (None, opened);
+    let (mut meter, mut last) = (None, opened);
     let (mut packets, mut bytes) = (0u64, 0u64);
     loop {
         let now = Instant::now();
@@ -145,12 +161,14 @@ fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, f64)> {
         for datagram in batch.drain() {
             packets += 1;
             bytes += datagram.data.len() as u64;
-            first.get_or_insert(now);
             last = now;
+        }
+        if packets > 0 && meter.is_none() {
+            meter = Some(Meter::start(None)?);
         }
         datapath.flush(now);
         check(datapath)?;
-        match first {
+        match &meter {
             None if now - opened > FIRST_DATAGRAM_TIMEOUT => {
                 anyhow::bail!("no datagram arrived within {FIRST_DATAGRAM_TIMEOUT:?}");
             }
@@ -159,6 +177,10 @@ fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, f64)> {
             Some(_) => {}
         }
     }
-    let start = first.expect("the loop ends only after a first datagram");
-    Ok((packets, bytes, (last - start).as_secs_f64()))
+    let meter = meter.expect("the loop ends only after a first datagram");
+    let (packets, bytes, mut outcome) = outcome(datapath, meter, None, packets, bytes)?;
+    // The silence that ends the measurement is not part of it.
+    outcome.seconds -= SILENCE.as_secs_f64();
+    outcome.goodput_bps = bytes as f64 * 8.0 / outcome.seconds.max(1e-9);
+    Ok((packets, bytes, outcome))
 }

@@ -2,21 +2,20 @@
 
 use bytes::Bytes;
 use stoq::app::{ConnId, ReadOutcome, ShardCx, WriteOutcome};
-use stoq::{StreamId, VarInt};
+use stoq::{Dir, StreamId, VarInt};
+use stoq_measure::wire::{CHUNK_BYTES, CountReader};
 
-/// Bytes of one chunk: large, because the send buffer's look-up is linear in chunks.
-pub const CHUNK_BYTES: usize = 256 * 1024;
 /// Bytes read of one stream in one call, so that one stream cannot hold the turn.
 pub const READ_BYTES_MAX: usize = 4 << 20;
 
 /// What a stream still owes and still expects.
 #[derive(Debug, Default)]
 pub struct PerfStream {
-    count: [u8; 8],
-    count_bytes: usize,
-    left: u64,
+    count: CountReader,
+    /// Bytes still to send, once the count is known.
+    left: Option<u64>,
     read_done: bool,
-    finished: bool,
+    write_done: bool,
 }
 
 /// The bytes that everybody sends; shared, never copied.
@@ -59,40 +58,32 @@ impl PerfStream {
         stream: StreamId,
     ) -> bool {
         while !self.read_done {
-            let (count, count_bytes) = (&mut self.count, &mut self.count_bytes);
-            let outcome = cx.read(conn, stream, READ_BYTES_MAX, |data| {
-                let taken = data.len().min(8 - *count_bytes);
-                count[*count_bytes..*count_bytes + taken].copy_from_slice(&data[..taken]);
-                *count_bytes += taken;
-            });
-            match outcome {
+            let count = &mut self.count;
+            match cx.read(conn, stream, READ_BYTES_MAX, |data| count.take(&data)) {
                 ReadOutcome::MayHaveMore => continue,
                 ReadOutcome::Blocked => break,
                 ReadOutcome::Finished => self.read_done = true,
                 ReadOutcome::Reset(_) | ReadOutcome::Unknown => {
                     // An abandoned request is not answered.
-                    if stream.dir() == stoq::Dir::Bi {
+                    if stream.dir() == Dir::Bi {
                         cx.reset(conn, stream, VarInt::from_u32(0));
                     }
                     return false;
                 }
             }
         }
-        if self.read_done {
-            if stream.dir() == stoq::Dir::Uni {
-                return false;
-            }
-            if self.count_bytes < 8 {
+        if stream.dir() == Dir::Uni {
+            return !self.read_done;
+        }
+        if self.left.is_none() {
+            self.left = self.count.count();
+            if self.left.is_none() && self.read_done {
                 // The draft's request is 8 bytes: fewer are no request.
                 cx.reset(conn, stream, VarInt::from_u32(1));
                 return false;
             }
-            if !self.finished && self.left == 0 {
-                self.left = u64::from_be_bytes(self.count);
-            }
-            return self.handle_writable(cx, conn, stream);
         }
-        true
+        self.handle_writable(cx, conn, stream)
     }
 
     /// Sends what is owed; `false` when the stream is over.
@@ -102,16 +93,14 @@ impl PerfStream {
         conn: ConnId,
         stream: StreamId,
     ) -> bool {
-        if !self.read_done || self.finished {
-            return !self.finished;
+        if let (Some(owed), false) = (self.left, self.write_done) {
+            let Some(left) = write_filler(cx, conn, stream, owed) else { return false };
+            self.left = Some(left);
+            if left == 0 {
+                self.write_done = true;
+                cx.finish(conn, stream);
+            }
         }
-        let Some(left) = write_filler(cx, conn, stream, self.left) else { return false };
-        self.left = left;
-        if left == 0 {
-            self.finished = true;
-            cx.finish(conn, stream);
-            return false;
-        }
-        true
+        !(self.read_done && self.write_done)
     }
 }

@@ -6,7 +6,7 @@
 //! then `poll_transmit` until it is blocked, then the timeout.
 
 pub mod bbr;
-pub mod cid;
+pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
 pub(crate) mod pacing;
@@ -26,7 +26,9 @@ use quinn_proto::{
 };
 
 use crate::app::{ConnId, Incoming};
-use crate::config::{RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig};
+use crate::config::{
+    HANDSHAKE_STEPS_MAX, RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
+};
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
 use crate::metrics::{ShardCounters, ShardMetrics};
@@ -79,6 +81,12 @@ pub(crate) struct Protocol {
     generation: u32,
     live: usize,
     handshaking: usize,
+    /// Of `live`, those that are closed and only drain.
+    closing: usize,
+    /// Handshake steps that may still be taken now.
+    handshake_steps_left: usize,
+    /// Something waits for the next turn's steps.
+    handshakes_held_back: bool,
     touched: Vec<u32>,
     tx_queue: VecDeque<u32>,
     pub(crate) responses: VecDeque<Response>,
@@ -106,7 +114,7 @@ pub(crate) struct Protocol {
 pub(crate) struct ProtocolSetup {
     pub(crate) config: Arc<TransportConfig>,
     pub(crate) identity: QuicIdentity,
-    pub(crate) cid_key: cid::CidKey,
+    pub(crate) cids: cid::Cids,
     pub(crate) shard: usize,
     /// Shards of the engine.
     pub(crate) shards: usize,
@@ -124,15 +132,7 @@ impl Protocol {
     pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
         let pools = pooling::pools(&setup);
         let ProtocolSetup {
-            config,
-            identity,
-            cid_key,
-            shard,
-            metrics,
-            mailbox,
-            mtu_bytes,
-            seed,
-            ..
+            config, identity, cids, shard, metrics, mailbox, mtu_bytes, seed, ..
         } = setup;
         let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
         let transport = Arc::new(config.quic(mtu_bytes, cc_seed, metrics.clone()));
@@ -151,7 +151,7 @@ impl Protocol {
             .cid_generator(move || {
                 let mut cid_seed = seed;
                 cid_seed[0] ^= 0x5a;
-                Box::new(cid::ShardCidGenerator::new(cid_key.clone(), shard as u8, cid_seed))
+                Box::new(cid::ShardCidGenerator::new(cids.clone(), shard as u8, cid_seed))
             });
         let server = identity.server.map(|crypto| {
             let token_key = identity.token_key.clone().unwrap_or_else(|| random_token_key(&seed));
@@ -172,6 +172,9 @@ impl Protocol {
             generation: 0,
             live: 0,
             handshaking: 0,
+            closing: 0,
+            handshake_steps_left: HANDSHAKE_STEPS_MAX,
+            handshakes_held_back: false,
             touched: Vec::new(),
             tx_queue: VecDeque::new(),
             responses: VecDeque::with_capacity(TX_RESPONSES_QUEUED_MAX),
@@ -207,7 +210,30 @@ impl Protocol {
 
     /// Connections that are neither closed nor draining.
     pub(crate) fn open_connections(&self) -> usize {
-        self.conns.iter().flatten().filter(|conn| !conn.inner.is_closed()).count()
+        self.live - self.closing
+    }
+
+    /// A turn begins: nothing is held back yet.
+    pub(crate) fn begin_handshake_steps(&mut self) {
+        self.handshakes_held_back = false;
+        self.allow_handshake_steps();
+    }
+
+    /// A part of the turn begins that may take [`HANDSHAKE_STEPS_MAX`] steps of handshakes.
+    pub(crate) fn allow_handshake_steps(&mut self) {
+        self.handshake_steps_left = HANDSHAKE_STEPS_MAX;
+    }
+
+    /// Whether this part of the turn may take on what can be a step of a handshake; where it
+    /// may not, more is left for the next turn.
+    pub(crate) fn handshakes_may_go_on(&mut self) -> bool {
+        self.handshakes_held_back |= self.handshake_steps_left == 0;
+        self.handshake_steps_left > 0
+    }
+
+    /// Whether something waits for the next turn's steps.
+    pub(crate) fn handshakes_held_back(&self) -> bool {
+        self.handshakes_held_back
     }
 
     /// Stops accepting clients.
@@ -241,6 +267,9 @@ impl Protocol {
                     Some(conn) => {
                         conn.inner.handle_event(event);
                         conn.rx_since_ack_check = true;
+                        if conn.handshake_deadline.is_some() {
+                            self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
+                        }
                         self.mark_touched(slot as u32);
                     }
                     None => self.counters.rx_drop_unknown_connection += 1,
@@ -444,6 +473,7 @@ impl Protocol {
         self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline, span)));
         self.live += 1;
         self.handshaking += 1;
+        self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
         self.mark_touched(slot as u32);
         id
     }
@@ -568,6 +598,11 @@ impl Protocol {
             return Some((id, owner, AppEvent::Quic(event)));
         }
         conn.touched = false;
+        // Whatever closes a connection touches it.
+        if !conn.closing && conn.inner.is_closed() {
+            conn.closing = true;
+            self.closing += 1;
+        }
         if conn.drained {
             let (reported, pool_entry) = (conn.closed_reported, conn.pool_entry);
             self.remove(slot);
@@ -606,6 +641,7 @@ impl Protocol {
         if let Some(conn) = self.conns[slot as usize].take() {
             tracing::debug!(parent: &conn.span, "gone");
             self.live -= 1;
+            self.closing -= usize::from(conn.closing);
             if conn.handshake_deadline.is_some() {
                 self.handshaking -= 1;
             }

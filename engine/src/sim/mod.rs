@@ -3,6 +3,9 @@
 //! A [`SimHost`] is a real shard (its `turn` is the one that runs over AF_XDP) on a
 //! [`SimDatapath`], driven by [`run`](crate::datapath::sim::run) in one thread.
 
+mod runner;
+mod workload;
+
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,17 +15,19 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::{Clock, SimClock};
-use crate::config::TransportConfig;
+use crate::config::{CidConfig, CidKey, TransportConfig};
 use crate::datapath::Datapath;
 use crate::datapath::sim::{EndpointId, SimDatapath, SimNode};
 use crate::engine::EngineShared;
 use crate::error::StartError;
 use crate::handles::HandleApp;
 use crate::metrics::{ShardCounters, ShardMetrics};
-use crate::proto::cid::CidKey;
+use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings};
+
+pub use runner::{RunError, Sample, ScenarioRun, run_scenario};
 
 /// What a simulated host is made of.
 pub struct SimHostConfig {
@@ -64,7 +69,11 @@ impl SimHost {
         let metrics = Arc::new(ShardMetrics::default());
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
-        let cid_key = CidKey::new(&[0x42; 16]);
+        let cid = CidConfig {
+            key: Some(setup.config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]))),
+            ..setup.config.cid.clone()
+        };
+        let cids = Cids::new(CidTable::new(&cid, 1));
         let endpoint = datapath.id();
         let proto = Protocol::new(
             ProtocolSetup {
@@ -76,7 +85,7 @@ impl SimHost {
                     token_key: None,
                     reset_key: None,
                 },
-                cid_key: cid_key.clone(),
+                cids: cids.clone(),
                 shard: 0,
                 shards: 1,
                 metrics: metrics.clone(),
@@ -92,7 +101,7 @@ impl SimHost {
             HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
             Some(Box::new(app)),
             mailbox.clone(),
-            Siblings { mailboxes, cid_key },
+            Siblings { mailboxes, cids },
             metrics.clone(),
         );
         Ok(Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false })
@@ -126,6 +135,20 @@ impl SimHost {
     #[must_use]
     pub fn datapath_counters(&self) -> crate::datapath::DatapathCounters {
         self.metrics.datapath()
+    }
+
+    /// Statistics of the host's first connection, while there is one.
+    #[must_use]
+    pub fn connection_stats(&self) -> Option<crate::proto::ConnectionStats> {
+        let proto = self.shard.protocol();
+        proto.ids().next().and_then(|id| proto.stats(id))
+    }
+
+    /// BBR's state on the host's first connection.
+    #[must_use]
+    pub fn bbr_state(&self) -> Option<crate::proto::bbr::State> {
+        let proto = self.shard.protocol();
+        proto.ids().next().and_then(|id| proto.conn(id)).and_then(crate::proto::Conn::bbr_state)
     }
 
     /// Whether the shard has ended after [`shut_down`](Self::shut_down).
