@@ -57,6 +57,9 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
+/// 300 000 tokens in one lifetime are told apart but for one in 1000.
+pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
 /// Connection attempts that one turn starts for a shard's pool at most.
@@ -208,6 +211,11 @@ pub struct TransportConfig {
     pub incoming_max: usize,
     /// When a server asks for a Retry.
     pub retry: RetryPolicy,
+    /// Address tokens that a client gets for its next connections (NEW_TOKEN, RFC 9000 §8.1.3); each
+    /// is good once, on any shard. 0 to 16.
+    pub new_tokens: u32,
+    /// How long such a token is good, s. 1 to 1209600.
+    pub new_token_lifetime_s: u64,
     /// Accept data before the handshake ends; replayable, therefore off by default (RFC 9001 §9.2).
     pub zero_rtt: bool,
     /// First assumption about the path, UDP payload bytes. 1200 to 16383.
@@ -279,6 +287,8 @@ impl Default for TransportConfig {
             connections_per_shard_max: 1 << 17,
             incoming_max: 4096,
             retry: RetryPolicy::UnderLoad,
+            new_tokens: 2,
+            new_token_lifetime_s: 86_400,
             zero_rtt: false,
             initial_mtu_bytes: UDP_PAYLOAD_BYTES_MIN,
             mtu_upper_bound_bytes: 0,
@@ -391,6 +401,8 @@ impl TransportConfig {
         check("keep_alive_interval_ms", self.keep_alive_interval_ms, 0, 86_400_000)?;
         check("connections_per_shard_max", self.connections_per_shard_max, 1, 1 << 24)?;
         check("incoming_max", self.incoming_max, 1, 1 << 20)?;
+        check("new_tokens", self.new_tokens, 0, 16)?;
+        check("new_token_lifetime_s", self.new_token_lifetime_s, 1, 1_209_600)?;
         check(
             "initial_mtu_bytes",
             self.initial_mtu_bytes,

@@ -13,6 +13,7 @@ pub(crate) mod pacing;
 mod pooling;
 mod qlog;
 pub(crate) mod timers;
+pub(crate) mod tokens;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use quinn_proto::{
     ClientConfig, Connection, ConnectionHandle, DatagramEvent, EcnCodepoint, Endpoint,
-    EndpointConfig, Event, ServerConfig, Side, Transmit,
+    EndpointConfig, Event, ServerConfig, Side, Transmit, ValidationTokenConfig,
 };
 
 use crate::app::{ConnId, Incoming};
@@ -51,6 +52,7 @@ pub(crate) struct QuicIdentity {
     pub(crate) client: Option<Arc<dyn quinn_proto::crypto::ClientConfig>>,
     pub(crate) token_key: Option<Arc<dyn quinn_proto::crypto::HandshakeTokenKey>>,
     pub(crate) reset_key: Option<Arc<dyn quinn_proto::crypto::HmacKey>>,
+    pub(crate) tokens: tokens::Tokens,
 }
 
 /// What the shard must do for one connection after its events were handled.
@@ -147,13 +149,23 @@ impl Protocol {
             });
         let server = identity.server.map(|crypto| {
             let token_key = identity.token_key.clone().unwrap_or_else(|| random_token_key(&seed));
+            let (inner, used) = (token_key, identity.tokens.retries.clone());
+            let token_key = Arc::new(tokens::OnceKey { inner, used });
             let mut server = ServerConfig::new(crypto, token_key);
+            let mut new_tokens = ValidationTokenConfig::default();
+            new_tokens
+                .sent(config.new_tokens)
+                .lifetime(Duration::from_secs(config.new_token_lifetime_s))
+                .log(identity.tokens.log.clone());
+            server
+                .validation_token_config(new_tokens)
+                .retry_token_lifetime(tokens::RETRY_TOKEN_LIFETIME);
             server.transport_config(transport.clone()).max_incoming(config.incoming_max);
             Arc::new(server)
         });
         let client = identity.client.map(|crypto| {
             let mut client = ClientConfig::new(crypto);
-            client.transport_config(transport.clone());
+            client.transport_config(transport.clone()).token_store(identity.tokens.store.clone());
             client
         });
         Self {
