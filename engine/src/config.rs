@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
-use crate::proto::bbr::{BbrConfig, Params};
+use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
 
 #[cfg(test)]
@@ -37,6 +37,8 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
+pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
 pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
 /// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
@@ -47,8 +49,13 @@ pub const IDLE_CONNECTION_BYTES_MAX: u64 = 64 << 10;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Timers that one turn expires at most.
-pub const TIMERS_PER_TURN_MAX: usize = 1024;
+/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
+/// commands of either kind; whatever arrived behind them waits for the next turn.
+pub const HANDSHAKE_STEPS_MAX: usize = 3;
+/// Connections that a shutdown closes in one turn at most.
+pub const CLOSES_PER_TURN_MAX: usize = 128;
+/// Entries of the timer wheel that one turn expires or moves at most.
+pub const TIMERS_PER_TURN_MAX: usize = 128;
 /// Packets that one connection sends before the next connection has its turn.
 pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
 /// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
@@ -63,7 +70,7 @@ pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
 /// Connection attempts that one turn starts for a shard's pool at most.
-pub const POOL_CONNECTS_PER_TURN_MAX: usize = 64;
+pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
@@ -101,10 +108,12 @@ impl CongestionControl {
         self,
         initial_window_bytes: u64,
         seed: u64,
+        resume: Option<ResumeSeed>,
     ) -> Arc<dyn ControllerFactory + Send + Sync> {
         let bbr = |params| {
             let mut config = BbrConfig::new(params, seed);
             config.initial_window_bytes = Some(initial_window_bytes);
+            config.resume = resume;
             Arc::new(config)
         };
         match self {
@@ -262,6 +271,10 @@ pub struct TransportConfig {
     pub allow_skb_mode: bool,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
+    /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
+    /// not read from files: it holds for one path.
+    #[serde(skip)]
+    pub resume: Option<ResumeSeed>,
 }
 
 impl Default for TransportConfig {
@@ -310,6 +323,7 @@ impl Default for TransportConfig {
             require_zero_copy: false,
             allow_skb_mode: false,
             qlog_dir: None,
+            resume: None,
         }
     }
 }
@@ -476,6 +490,11 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
+        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+            // Only links inside a machine carry so much, and those carry all of what their route
+            // says: a coarse search ends at exactly that, with a third of the probes.
+            discovery.minimum_change(upper_bound / 16);
+        }
         let mut quic = quinn_proto::TransportConfig::default();
         let initial_window = self.initial_window_packets * u64::from(initial_mtu);
         quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
@@ -509,7 +528,7 @@ impl TransportConfig {
             // The shard polls packet by packet; each gets a time stamp of its own.
             .enable_segmentation_offload(false)
             .congestion_controller_factory(Arc::new(GatedFactory {
-                inner: self.congestion_control.factory(initial_window, seed),
+                inner: self.congestion_control.factory(initial_window, seed, self.resume),
                 metrics,
             }));
         quic

@@ -27,7 +27,9 @@ use quinn_proto::{
 };
 
 use crate::app::{ConnId, Incoming};
-use crate::config::{RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig};
+use crate::config::{
+    HANDSHAKE_STEPS_MAX, RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
+};
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
 use crate::metrics::{ShardCounters, ShardMetrics};
@@ -81,6 +83,12 @@ pub(crate) struct Protocol {
     generation: u32,
     live: usize,
     handshaking: usize,
+    /// Of `live`, those that are closed and only drain.
+    closing: usize,
+    /// Handshake steps that may still be taken now.
+    handshake_steps_left: usize,
+    /// Something waits for the next turn's steps.
+    handshakes_held_back: bool,
     touched: Vec<u32>,
     tx_queue: VecDeque<u32>,
     pub(crate) responses: VecDeque<Response>,
@@ -176,6 +184,9 @@ impl Protocol {
             generation: 0,
             live: 0,
             handshaking: 0,
+            closing: 0,
+            handshake_steps_left: HANDSHAKE_STEPS_MAX,
+            handshakes_held_back: false,
             touched: Vec::new(),
             tx_queue: VecDeque::new(),
             responses: VecDeque::with_capacity(TX_RESPONSES_QUEUED_MAX),
@@ -211,7 +222,30 @@ impl Protocol {
 
     /// Connections that are neither closed nor draining.
     pub(crate) fn open_connections(&self) -> usize {
-        self.conns.iter().flatten().filter(|conn| !conn.inner.is_closed()).count()
+        self.live - self.closing
+    }
+
+    /// A turn begins: nothing is held back yet.
+    pub(crate) fn begin_handshake_steps(&mut self) {
+        self.handshakes_held_back = false;
+        self.allow_handshake_steps();
+    }
+
+    /// A part of the turn begins that may take [`HANDSHAKE_STEPS_MAX`] steps of handshakes.
+    pub(crate) fn allow_handshake_steps(&mut self) {
+        self.handshake_steps_left = HANDSHAKE_STEPS_MAX;
+    }
+
+    /// Whether this part of the turn may take on what can be a step of a handshake; where it
+    /// may not, more is left for the next turn.
+    pub(crate) fn handshakes_may_go_on(&mut self) -> bool {
+        self.handshakes_held_back |= self.handshake_steps_left == 0;
+        self.handshake_steps_left > 0
+    }
+
+    /// Whether something waits for the next turn's steps.
+    pub(crate) fn handshakes_held_back(&self) -> bool {
+        self.handshakes_held_back
     }
 
     /// Stops accepting clients.
@@ -245,6 +279,9 @@ impl Protocol {
                     Some(conn) => {
                         conn.inner.handle_event(event);
                         conn.rx_since_ack_check = true;
+                        if conn.handshake_deadline.is_some() {
+                            self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
+                        }
                         self.mark_touched(slot as u32);
                     }
                     None => self.counters.rx_drop_unknown_connection += 1,
@@ -448,6 +485,7 @@ impl Protocol {
         self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline, span)));
         self.live += 1;
         self.handshaking += 1;
+        self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
         self.mark_touched(slot as u32);
         id
     }
@@ -572,6 +610,11 @@ impl Protocol {
             return Some((id, owner, AppEvent::Quic(event)));
         }
         conn.touched = false;
+        // Whatever closes a connection touches it.
+        if !conn.closing && conn.inner.is_closed() {
+            conn.closing = true;
+            self.closing += 1;
+        }
         if conn.drained {
             let (reported, pool_entry) = (conn.closed_reported, conn.pool_entry);
             self.remove(slot);
@@ -610,6 +653,7 @@ impl Protocol {
         if let Some(conn) = self.conns[slot as usize].take() {
             tracing::debug!(parent: &conn.span, "gone");
             self.live -= 1;
+            self.closing -= usize::from(conn.closing);
             if conn.handshake_deadline.is_some() {
                 self.handshaking -= 1;
             }
