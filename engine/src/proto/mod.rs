@@ -482,7 +482,9 @@ impl Protocol {
         }
         debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
         let span = self.span(&connection);
-        self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline, span)));
+        let mut conn = Box::new(Conn::new(connection, id, owner, now, deadline, span));
+        conn.age_deadline = self.config.connection_age_max(id.generation).map(|age| now + age);
+        self.conns[slot] = Some(conn);
         self.live += 1;
         self.handshaking += 1;
         self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
@@ -690,15 +692,17 @@ impl Protocol {
     }
 
     /// Runs every timer that is due; its connections are touched.
-    /// Returns the handshakes that took too long: the caller reports them.
-    pub(crate) fn expire(&mut self, now: Instant, too_slow: &mut Vec<ConnId>) {
+    /// Returns the handshakes that took too long and the connections that are too old: the caller
+    /// ends them.
+    pub(crate) fn expire(&mut self, now: Instant, overdue: &mut Vec<ConnId>) {
         let mut expired = std::mem::take(&mut self.expired);
         self.timers.expire(now, &mut expired, crate::config::TIMERS_PER_TURN_MAX);
         for slot in expired.drain(..) {
             let Some(conn) = &mut self.conns[slot as usize] else { continue };
             conn.inner.handle_timeout(now);
-            if conn.handshake_deadline.is_some_and(|deadline| deadline <= now) {
-                too_slow.push(conn.id);
+            let ends = [conn.handshake_deadline, conn.age_deadline];
+            if ends.into_iter().flatten().any(|deadline| deadline <= now) {
+                overdue.push(conn.id);
             }
             self.mark_touched(slot);
         }
