@@ -9,6 +9,7 @@ pub mod bbr;
 pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
+pub(crate) mod credit;
 pub(crate) mod pacing;
 mod pooling;
 mod qlog;
@@ -470,7 +471,9 @@ impl Protocol {
         }
         debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
         let span = self.span(&connection);
-        self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline, span)));
+        let credit = credit::Credit::new(&self.config, now);
+        let conn = Conn::new(connection, id, owner, now, deadline, span, credit);
+        self.conns[slot] = Some(Box::new(conn));
         self.live += 1;
         self.handshaking += 1;
         self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
