@@ -4,12 +4,23 @@
 #![allow(unreachable_pub)]
 
 mod client;
+mod compare;
 mod doctor;
 mod engine;
 mod get;
 mod hq;
+// The veth pair of the demo, and its way to end what it started whatever happens.
+#[allow(dead_code)]
+#[path = "../../xtask/src/interrupt.rs"]
+mod interrupt;
+#[allow(dead_code)]
+#[path = "../../xtask/src/netns.rs"]
+mod netns;
 mod output;
 mod perf;
+#[allow(dead_code)]
+#[path = "../../xtask/src/proc.rs"]
+mod proc;
 mod serve;
 mod tls;
 
@@ -33,6 +44,8 @@ enum Command {
     Get(get::Args),
     /// Measure.
     Perf(perf::Args),
+    /// Measure against other stacks: interleaved, pinned alike, medians.
+    Compare(compare::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -43,6 +56,7 @@ fn main() -> std::process::ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Get(args) => get::run(&args),
         Command::Perf(args) => perf::run(args),
+        Command::Compare(args) => compare::run(&args),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
