@@ -22,6 +22,7 @@ mod perf;
 #[path = "../../xtask/src/proc.rs"]
 mod proc;
 mod serve;
+mod sim;
 mod tls;
 
 use clap::{Parser, Subcommand};
@@ -46,20 +47,24 @@ enum Command {
     Perf(perf::Args),
     /// Measure against other stacks: interleaved, pinned alike, medians.
     Compare(compare::Args),
+    /// Run a scenario file in virtual time.
+    Sim(sim::Args),
 }
 
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     output::init_logging();
+    let done = |()| std::process::ExitCode::SUCCESS;
     let result = match cli.command {
-        Command::Doctor(args) => doctor::run(&args),
-        Command::Serve(args) => serve::run(&args),
-        Command::Get(args) => get::run(&args),
-        Command::Perf(args) => perf::run(args),
-        Command::Compare(args) => compare::run(&args),
+        Command::Compare(args) => compare::run(&args).map(done),
+        Command::Doctor(args) => doctor::run(&args).map(done),
+        Command::Serve(args) => serve::run(&args).map(done),
+        Command::Get(args) => get::run(&args).map(done),
+        Command::Perf(args) => perf::run(args).map(done),
+        Command::Sim(args) => sim::run(&args),
     };
     match result {
-        Ok(()) => std::process::ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("stoq: {error:#}");
             std::process::ExitCode::FAILURE

@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
-use crate::proto::bbr::{BbrConfig, Params};
+use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
 
 #[cfg(test)]
@@ -37,6 +37,8 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
+pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
 pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
 /// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
@@ -47,8 +49,13 @@ pub const IDLE_CONNECTION_BYTES_MAX: u64 = 64 << 10;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Timers that one turn expires at most.
-pub const TIMERS_PER_TURN_MAX: usize = 1024;
+/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
+/// commands of either kind; whatever arrived behind them waits for the next turn.
+pub const HANDSHAKE_STEPS_MAX: usize = 3;
+/// Connections that a shutdown closes in one turn at most.
+pub const CLOSES_PER_TURN_MAX: usize = 128;
+/// Entries of the timer wheel that one turn expires or moves at most.
+pub const TIMERS_PER_TURN_MAX: usize = 128;
 /// Packets that one connection sends before the next connection has its turn.
 pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
 /// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
@@ -57,14 +64,23 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
+/// 300 000 tokens in one lifetime are told apart but for one in 1000.
+pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
 /// Connection attempts that one turn starts for a shard's pool at most.
-pub const POOL_CONNECTS_PER_TURN_MAX: usize = 64;
+pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
+
+/// Longest age that `connection_age_ms_max` takes, ms.
+const YEAR_MS: u64 = 365 * 24 * 60 * 60 * 1000;
+/// Application error code of a connection that reached `connection_age_ms_max`; its reason is
+/// `connection age limit reached`. The peer connects again.
+pub const CONNECTION_AGE_CODE: VarInt = VarInt::from_u32(0x61_67_65);
 
 /// Which algorithm decides how much may be in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -98,10 +114,12 @@ impl CongestionControl {
         self,
         initial_window_bytes: u64,
         seed: u64,
+        resume: Option<ResumeSeed>,
     ) -> Arc<dyn ControllerFactory + Send + Sync> {
         let bbr = |params| {
             let mut config = BbrConfig::new(params, seed);
             config.initial_window_bytes = Some(initial_window_bytes);
+            config.resume = resume;
             Arc::new(config)
         };
         match self {
@@ -200,6 +218,11 @@ pub struct TransportConfig {
     pub idle_timeout_ms: u64,
     /// A handshake that takes longer fails, ms. 1 to 600000.
     pub handshake_timeout_ms: u64,
+    /// Age at which a connection is closed with [`CONNECTION_AGE_CODE`], ms; 0: never. It bounds for how
+    /// long a certificate revoked or expired meanwhile is still good for a connection made before. Each
+    /// connection ends within the last tenth of the time, so that they do not end together. 0 or 1000
+    /// to 31 536 000 000 (a year).
+    pub connection_age_ms_max: u64,
     /// Interval of keep-alive packets, ms; 0: none.
     pub keep_alive_interval_ms: u64,
     /// Connections that one shard holds at most.
@@ -208,6 +231,11 @@ pub struct TransportConfig {
     pub incoming_max: usize,
     /// When a server asks for a Retry.
     pub retry: RetryPolicy,
+    /// Address tokens that a client gets for its next connections (NEW_TOKEN, RFC 9000 §8.1.3); each
+    /// is good once, on any shard. 0 to 16.
+    pub new_tokens: u32,
+    /// How long such a token is good, s. 1 to 1209600.
+    pub new_token_lifetime_s: u64,
     /// Accept data before the handshake ends; replayable, therefore off by default (RFC 9001 §9.2).
     pub zero_rtt: bool,
     /// First assumption about the path, UDP payload bytes. 1200 to 16383.
@@ -254,6 +282,10 @@ pub struct TransportConfig {
     pub allow_skb_mode: bool,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
+    /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
+    /// not read from files: it holds for one path.
+    #[serde(skip)]
+    pub resume: Option<ResumeSeed>,
 }
 
 impl Default for TransportConfig {
@@ -275,10 +307,13 @@ impl Default for TransportConfig {
             datagram_send_buffer_size: 1 << 20,
             idle_timeout_ms: 30_000,
             handshake_timeout_ms: 10_000,
+            connection_age_ms_max: 0,
             keep_alive_interval_ms: 0,
             connections_per_shard_max: 1 << 17,
             incoming_max: 4096,
             retry: RetryPolicy::UnderLoad,
+            new_tokens: 2,
+            new_token_lifetime_s: 86_400,
             zero_rtt: false,
             initial_mtu_bytes: UDP_PAYLOAD_BYTES_MIN,
             mtu_upper_bound_bytes: 0,
@@ -300,6 +335,7 @@ impl Default for TransportConfig {
             require_zero_copy: false,
             allow_skb_mode: false,
             qlog_dir: None,
+            resume: None,
         }
     }
 }
@@ -388,9 +424,14 @@ impl TransportConfig {
         check("datagram_send_buffer_size", self.datagram_send_buffer_size as u64, 0, GIB)?;
         check("idle_timeout_ms", self.idle_timeout_ms, 0, (1 << 62) - 1)?;
         check("handshake_timeout_ms", self.handshake_timeout_ms, 1, 600_000)?;
+        if self.connection_age_ms_max != 0 {
+            check("connection_age_ms_max", self.connection_age_ms_max, 1_000, YEAR_MS)?;
+        }
         check("keep_alive_interval_ms", self.keep_alive_interval_ms, 0, 86_400_000)?;
         check("connections_per_shard_max", self.connections_per_shard_max, 1, 1 << 24)?;
         check("incoming_max", self.incoming_max, 1, 1 << 20)?;
+        check("new_tokens", self.new_tokens, 0, 16)?;
+        check("new_token_lifetime_s", self.new_token_lifetime_s, 1, 1_209_600)?;
         check(
             "initial_mtu_bytes",
             self.initial_mtu_bytes,
@@ -442,6 +483,19 @@ impl TransportConfig {
         Ok(())
     }
 
+    /// How old the connection with this serial number may become: the configured age less up to a
+    /// tenth, spread evenly over successive serial numbers.
+    pub(crate) fn connection_age_max(&self, serial: u32) -> Option<Duration> {
+        // 2^32 divided by the golden ratio: successive multiples, modulo 2^32, lie far apart.
+        const SPREAD: u32 = 0x9e37_79b9;
+        if self.connection_age_ms_max == 0 {
+            return None;
+        }
+        let age = Duration::from_millis(self.connection_age_ms_max);
+        let share = f64::from(serial.wrapping_mul(SPREAD)) / f64::from(u32::MAX);
+        Some(age - (age / 10).mul_f64(share))
+    }
+
     /// Bytes that may wait in all stream handles of one connection: four full streams, at most a
     /// quarter of `receive_buffer_size`, of which it is a part.
     pub(crate) fn handle_receive_queue_bytes(&self) -> u64 {
@@ -464,6 +518,11 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
+        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+            // Only links inside a machine carry so much, and those carry all of what their route
+            // says: a coarse search ends at exactly that, with a third of the probes.
+            discovery.minimum_change(upper_bound / 16);
+        }
         let mut quic = quinn_proto::TransportConfig::default();
         let initial_window = self.initial_window_packets * u64::from(initial_mtu);
         quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
@@ -497,7 +556,7 @@ impl TransportConfig {
             // The shard polls packet by packet; each gets a time stamp of its own.
             .enable_segmentation_offload(false)
             .congestion_controller_factory(Arc::new(GatedFactory {
-                inner: self.congestion_control.factory(initial_window, seed),
+                inner: self.congestion_control.factory(initial_window, seed, self.resume),
                 metrics,
             }));
         quic
