@@ -37,7 +37,7 @@ pub fn core_to_core_ns(cores: [usize; 2]) -> anyhow::Result<f64> {
                 // Acquire and Release: the ball is all that is shared; no more is needed.
                 match ball.load(Acquire) {
                     STOP => return Ok(()),
-                    value if value % 2 == 1 => ball.store(value + 1, Release),
+                    value if !value.is_multiple_of(2) => ball.store(value + 1, Release),
                     _ => std::hint::spin_loop(),
                 }
             }
@@ -74,7 +74,7 @@ fn probe(ball: &AtomicU64) -> anyhow::Result<f64> {
                 std::hint::spin_loop();
                 spins += 1;
                 anyhow::ensure!(
-                    spins % 65_536 != 0 || began.elapsed() < TIMEOUT,
+                    !spins.is_multiple_of(65_536) || began.elapsed() < TIMEOUT,
                     "the core-to-core probe got no answer: is a core taken?"
                 );
             }
