@@ -66,6 +66,9 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
+/// 300 000 tokens in one lifetime are told apart but for one in 1000.
+pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
 /// Connection attempts that one turn starts for a shard's pool at most.
@@ -74,6 +77,12 @@ pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
+
+/// Longest age that `connection_age_ms_max` takes, ms.
+const YEAR_MS: u64 = 365 * 24 * 60 * 60 * 1000;
+/// Application error code of a connection that reached `connection_age_ms_max`; its reason is
+/// `connection age limit reached`. The peer connects again.
+pub const CONNECTION_AGE_CODE: VarInt = VarInt::from_u32(0x61_67_65);
 
 /// Which algorithm decides how much may be in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -211,6 +220,11 @@ pub struct TransportConfig {
     pub idle_timeout_ms: u64,
     /// A handshake that takes longer fails, ms. 1 to 600000.
     pub handshake_timeout_ms: u64,
+    /// Age at which a connection is closed with [`CONNECTION_AGE_CODE`], ms; 0: never. It bounds for how
+    /// long a certificate revoked or expired meanwhile is still good for a connection made before. Each
+    /// connection ends within the last tenth of the time, so that they do not end together. 0 or 1000
+    /// to 31 536 000 000 (a year).
+    pub connection_age_ms_max: u64,
     /// Interval of keep-alive packets, ms; 0: none.
     pub keep_alive_interval_ms: u64,
     /// Connections that one shard holds at most.
@@ -219,6 +233,11 @@ pub struct TransportConfig {
     pub incoming_max: usize,
     /// When a server asks for a Retry.
     pub retry: RetryPolicy,
+    /// Address tokens that a client gets for its next connections (NEW_TOKEN, RFC 9000 §8.1.3); each
+    /// is good once, on any shard. 0 to 16.
+    pub new_tokens: u32,
+    /// How long such a token is good, s. 1 to 1209600.
+    pub new_token_lifetime_s: u64,
     /// Accept data before the handshake ends; replayable, therefore off by default (RFC 9001 §9.2).
     pub zero_rtt: bool,
     /// First assumption about the path, UDP payload bytes. 1200 to 16383.
@@ -290,10 +309,13 @@ impl Default for TransportConfig {
             datagram_send_buffer_size: 1 << 20,
             idle_timeout_ms: 30_000,
             handshake_timeout_ms: 10_000,
+            connection_age_ms_max: 0,
             keep_alive_interval_ms: 0,
             connections_per_shard_max: 1 << 17,
             incoming_max: 4096,
             retry: RetryPolicy::UnderLoad,
+            new_tokens: 2,
+            new_token_lifetime_s: 86_400,
             zero_rtt: false,
             initial_mtu_bytes: UDP_PAYLOAD_BYTES_MIN,
             mtu_upper_bound_bytes: 0,
@@ -404,9 +426,14 @@ impl TransportConfig {
         check("datagram_send_buffer_size", self.datagram_send_buffer_size as u64, 0, GIB)?;
         check("idle_timeout_ms", self.idle_timeout_ms, 0, (1 << 62) - 1)?;
         check("handshake_timeout_ms", self.handshake_timeout_ms, 1, 600_000)?;
+        if self.connection_age_ms_max != 0 {
+            check("connection_age_ms_max", self.connection_age_ms_max, 1_000, YEAR_MS)?;
+        }
         check("keep_alive_interval_ms", self.keep_alive_interval_ms, 0, 86_400_000)?;
         check("connections_per_shard_max", self.connections_per_shard_max, 1, 1 << 24)?;
         check("incoming_max", self.incoming_max, 1, 1 << 20)?;
+        check("new_tokens", self.new_tokens, 0, 16)?;
+        check("new_token_lifetime_s", self.new_token_lifetime_s, 1, 1_209_600)?;
         check(
             "initial_mtu_bytes",
             self.initial_mtu_bytes,
@@ -456,6 +483,19 @@ impl TransportConfig {
             });
         }
         Ok(())
+    }
+
+    /// How old the connection with this serial number may become: the configured age less up to a
+    /// tenth, spread evenly over successive serial numbers.
+    pub(crate) fn connection_age_max(&self, serial: u32) -> Option<Duration> {
+        // 2^32 divided by the golden ratio: successive multiples, modulo 2^32, lie far apart.
+        const SPREAD: u32 = 0x9e37_79b9;
+        if self.connection_age_ms_max == 0 {
+            return None;
+        }
+        let age = Duration::from_millis(self.connection_age_ms_max);
+        let share = f64::from(serial.wrapping_mul(SPREAD)) / f64::from(u32::MAX);
+        Some(age - (age / 10).mul_f64(share))
     }
 
     /// Bytes that may wait in all stream handles of one connection: four full streams, at most a

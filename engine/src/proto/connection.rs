@@ -167,6 +167,8 @@ pub(crate) struct Conn {
     pub(crate) touched: bool,
     pub(crate) tx_queued: bool,
     pub(crate) handshake_deadline: Option<Instant>,
+    /// When it has reached `connection_age_ms_max`.
+    pub(crate) age_deadline: Option<Instant>,
     pub(crate) closed_reported: bool,
     /// It was seen closed, and is counted so.
     pub(crate) closing: bool,
@@ -209,6 +211,7 @@ impl Conn {
             touched: false,
             tx_queued: false,
             handshake_deadline: Some(handshake_deadline),
+            age_deadline: None,
             closed_reported: false,
             closing: false,
             drained: false,
@@ -345,13 +348,12 @@ impl Conn {
         self.pacer.on_sent(now, bytes, rate);
     }
 
-    /// The earliest of quinn-proto's timeout, the handshake's deadline, the pacer and an owed ACK.
+    /// The earliest of quinn-proto's timeout, the handshake's and the age's deadlines, the pacer and
+    /// an owed ACK.
     pub(crate) fn next_deadline(&mut self) -> Option<Instant> {
         let owed = self.owed_since.map(|since| since + OWED_ACK_DELAY_MAX);
-        [self.inner.poll_timeout(), self.handshake_deadline, self.paced_until, owed]
-            .into_iter()
-            .flatten()
-            .min()
+        let ends = [self.handshake_deadline, self.age_deadline];
+        [self.inner.poll_timeout(), self.paced_until, owed].into_iter().chain(ends).flatten().min()
     }
 
     pub(crate) fn stats(&self) -> ConnectionStats {

@@ -84,6 +84,7 @@ impl SimHost {
                     client: setup.client,
                     token_key: None,
                     reset_key: None,
+                    tokens: Default::default(),
                 },
                 cids: cids.clone(),
                 shard: 0,
