@@ -21,6 +21,7 @@ use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
 use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
+use crate::proto::credit::streams_allowed_initial;
 
 #[cfg(test)]
 pub(crate) use cid::unhex;
@@ -43,8 +44,11 @@ pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
 /// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
 pub const RX_SLAB_BYTES: usize = 120 * 1024;
-/// Resident bytes of a connection without buffered data and stream tables (measured, both ends: 52 kB).
-pub const IDLE_CONNECTION_BYTES_MAX: u64 = 64 << 10;
+/// Resident bytes of a connection without buffered data and stream tables (measured: 26 kB).
+pub const IDLE_CONNECTION_BYTES_MAX: u64 = 34 << 10;
+/// Streams of each kind that a new connection's peer may open; more as it uses them, up to
+/// `max_concurrent_streams`, because quinn-proto keeps table entries for all that it allows.
+pub const STREAMS_ALLOWED_INITIAL: u64 = 32;
 /// Received datagrams that wait for the application, bytes per connection, where any are taken.
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
@@ -376,13 +380,16 @@ impl TransportConfig {
         Ok(config)
     }
 
-    /// Resident bytes that a connection without buffered data takes at most, on either side.
-    ///
-    /// quinn-proto keeps a table entry for every stream that the peer may open, used or not: with
-    /// `max_concurrent_streams` at 1000 these are 137 kB, most of an idle connection.
+    /// Resident bytes that a connection without buffered data takes at most, on either side, whose
+    /// peer never had more than [`STREAMS_ALLOWED_INITIAL`] / 2 streams of a kind open.
     #[must_use]
     pub const fn idle_connection_bytes_max(&self) -> u64 {
-        let streams = self.max_concurrent_streams;
+        self.connection_bytes_with(streams_allowed_initial(self.max_concurrent_streams))
+    }
+
+    /// quinn-proto keeps a table entry for every stream that the peer may open, used or not: for
+    /// 1000 these are 137 kB, most of an idle connection.
+    const fn connection_bytes_with(&self, streams: u64) -> u64 {
         // Receiving: both kinds; sending: bidirectional ones.
         let receiving = table_slots(2 * streams).saturating_mul(25);
         let sending = table_slots(streams).saturating_mul(17);
@@ -405,7 +412,7 @@ impl TransportConfig {
         };
         let datagrams = datagrams_received + self.datagram_send_buffer_size as u64;
         let buffered = received + self.send_buffer_size + datagrams;
-        self.idle_connection_bytes_max().saturating_add(buffered)
+        self.connection_bytes_with(self.max_concurrent_streams).saturating_add(buffered)
     }
 
     /// Checks every limit.
@@ -536,9 +543,10 @@ impl TransportConfig {
             discovery.minimum_change(upper_bound / 16);
         }
         let mut quic = quinn_proto::TransportConfig::default();
+        let streams_allowed = varint(streams_allowed_initial(self.max_concurrent_streams));
         let initial_window = self.initial_window_packets * u64::from(initial_mtu);
-        quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
-            .max_concurrent_uni_streams(varint(self.max_concurrent_streams))
+        quic.max_concurrent_bidi_streams(streams_allowed)
+            .max_concurrent_uni_streams(streams_allowed)
             .send_window(self.send_buffer_size)
             // The queues of the stream handles are part of what was promised.
             .receive_window(varint(self.receive_buffer_size - self.handle_receive_queue_bytes()))

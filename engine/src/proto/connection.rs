@@ -9,6 +9,7 @@ use quinn_proto::{Connection, FrameStats};
 use super::Owner;
 use super::bbr::State;
 use super::congestion::{CcState, Gated};
+use super::credit::Credit;
 use super::pacing::Pacer;
 use crate::app::ConnId;
 use crate::certs::KeyUpdates;
@@ -180,6 +181,8 @@ pub(crate) struct Conn {
     pub(crate) span: tracing::Span,
     /// Counts changes of its keys, once the handshake is over.
     pub(crate) key_updates: Option<KeyUpdates>,
+    /// What the peer may use, and uses.
+    pub(crate) credit: Credit,
     /// Something arrived since `owes_ack` last looked.
     pub(crate) rx_since_ack_check: bool,
     cc: Arc<CcState>,
@@ -201,6 +204,7 @@ impl Conn {
         now: Instant,
         handshake_deadline: Instant,
         span: tracing::Span,
+        credit: Credit,
     ) -> Self {
         Self {
             cc: Gated::state_of(&inner),
@@ -218,6 +222,7 @@ impl Conn {
             pool_entry: None,
             span,
             key_updates: None,
+            credit,
             rx_since_ack_check: false,
             pacer: Pacer::new(now),
             paced_until: None,

@@ -9,6 +9,7 @@ pub mod bbr;
 pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
+pub(crate) mod credit;
 pub(crate) mod pacing;
 mod pooling;
 mod qlog;
@@ -482,7 +483,8 @@ impl Protocol {
         }
         debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
         let span = self.span(&connection);
-        let mut conn = Box::new(Conn::new(connection, id, owner, now, deadline, span));
+        let credit = credit::Credit::new(&self.config, now);
+        let mut conn = Box::new(Conn::new(connection, id, owner, now, deadline, span, credit));
         conn.age_deadline = self.config.connection_age_max(id.generation).map(|age| now + age);
         self.conns[slot] = Some(conn);
         self.live += 1;

@@ -335,16 +335,21 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 self.proto.handshake_over(conn);
                 self.tell_closed(now, conn, owner, &reason.into());
             }
-            Event::Stream(event) => self.call(now, owner, Some(conn), |app, cx| match event {
-                StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
-                StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
-                StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
-                StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
-                StreamEvent::Stopped { id, error_code } => {
-                    app.handle_stopped(cx, conn, id, error_code);
+            Event::Stream(event) => {
+                if let StreamEvent::Opened { dir } = event {
+                    self.proto.note_streams_opened(now, conn, dir);
                 }
-                StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
-            }),
+                self.call(now, owner, Some(conn), |app, cx| match event {
+                    StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
+                    StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
+                    StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
+                    StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
+                    StreamEvent::Stopped { id, error_code } => {
+                        app.handle_stopped(cx, conn, id, error_code);
+                    }
+                    StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
+                })
+            }
             Event::DatagramReceived => {
                 self.call(now, owner, Some(conn), |app, cx| app.handle_datagrams(cx, conn));
             }
