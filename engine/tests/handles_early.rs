@@ -128,7 +128,7 @@ fn without_a_session_the_attempt_goes_on() {
     let _watchdog = Watchdog::new("no session");
     let early = Early::new();
     block_on(async {
-        let connecting = early.connect().into_0rtt().await.err().expect("nothing is remembered");
+        let connecting = early.connect().into_0rtt().await.expect_err("nothing is remembered");
         let accepting = async { early.server.accept().await.unwrap().accept().await.unwrap() };
         let (client, server) = join(connecting, accepting).await;
         let client = client.unwrap();
