@@ -3,6 +3,8 @@
 //! A [`SimHost`] is a real shard (its `turn` is the one that runs over AF_XDP) on a
 //! [`SimDatapath`], driven by [`run`](crate::datapath::sim::run) in one thread.
 
+#[cfg(test)]
+mod failover_tests;
 mod runner;
 mod workload;
 
@@ -62,48 +64,8 @@ impl SimHost {
         setup: SimHostConfig,
         app: impl ShardApp,
     ) -> Result<Self, StartError> {
-        setup.config.validate()?;
-        let source = |source| StartError::System { what: "eventfd for a mailbox", source };
-        let mailbox = Mailbox::without_wait_times(setup.config.mailbox_capacity).map_err(source)?;
-        let mailboxes: Arc<[Mailbox]> = Arc::new([mailbox.clone()]);
-        let metrics = Arc::new(ShardMetrics::default());
-        let mut seed = [0; 32];
-        seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
-        let cid = CidConfig {
-            key: Some(setup.config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]))),
-            ..setup.config.cid.clone()
-        };
-        let cids = Cids::new(CidTable::new(&cid, 1));
         let endpoint = datapath.id();
-        let proto = Protocol::new(
-            ProtocolSetup {
-                mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
-                config: Arc::new(setup.config),
-                identity: QuicIdentity {
-                    server: setup.server,
-                    client: setup.client,
-                    token_key: None,
-                    reset_key: None,
-                },
-                cids: cids.clone(),
-                shard: 0,
-                shards: 1,
-                metrics: metrics.clone(),
-                mailbox: mailbox.clone(),
-                seed,
-            },
-            clock.now(),
-        );
-        let shard = Shard::new(
-            datapath,
-            clock.clone(),
-            proto,
-            HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
-            Some(Box::new(app)),
-            mailbox.clone(),
-            Siblings { mailboxes, cids },
-            metrics.clone(),
-        );
+        let (shard, mailbox, metrics) = shard_on(clock, datapath, setup, app)?;
         Ok(Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false })
     }
 
@@ -156,6 +118,59 @@ impl SimHost {
     pub fn has_ended(&self) -> bool {
         self.ended
     }
+}
+
+type SimShard<D> = (Shard<D, SimClock>, Mailbox, Arc<ShardMetrics>);
+
+/// A shard over any datapath in virtual time.
+fn shard_on<D: Datapath>(
+    clock: &SimClock,
+    datapath: D,
+    setup: SimHostConfig,
+    app: impl ShardApp,
+) -> Result<SimShard<D>, StartError> {
+    setup.config.validate()?;
+    let source = |source| StartError::System { what: "eventfd for a mailbox", source };
+    let mailbox = Mailbox::without_wait_times(setup.config.mailbox_capacity).map_err(source)?;
+    let mailboxes: Arc<[Mailbox]> = Arc::new([mailbox.clone()]);
+    let metrics = Arc::new(ShardMetrics::default());
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
+    let cid = CidConfig {
+        key: Some(setup.config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]))),
+        ..setup.config.cid.clone()
+    };
+    let cids = Cids::new(CidTable::new(&cid, 1));
+    let proto = Protocol::new(
+        ProtocolSetup {
+            mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
+            config: Arc::new(setup.config),
+            identity: QuicIdentity {
+                server: setup.server,
+                client: setup.client,
+                token_key: None,
+                reset_key: None,
+            },
+            cids: cids.clone(),
+            shard: 0,
+            shards: 1,
+            metrics: metrics.clone(),
+            mailbox: mailbox.clone(),
+            seed,
+        },
+        clock.now(),
+    );
+    let shard = Shard::new(
+        datapath,
+        clock.clone(),
+        proto,
+        HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
+        Some(Box::new(app)),
+        mailbox.clone(),
+        Siblings { mailboxes, cids },
+        metrics.clone(),
+    );
+    Ok((shard, mailbox, metrics))
 }
 
 impl SimNode for SimHost {
