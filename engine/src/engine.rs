@@ -163,6 +163,14 @@ impl Builder {
         self
     }
 
+    /// Where address tokens of servers are kept for the next connections to them, in place of 256
+    /// servers' latest in memory: a store may outlive the process.
+    #[must_use]
+    pub fn token_store(mut self, store: Arc<dyn quinn_proto::TokenStore>) -> Self {
+        self.identity.tokens.store = store;
+        self
+    }
+
     /// Opens the datapath and starts the shards.
     ///
     /// # Errors

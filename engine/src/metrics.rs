@@ -99,6 +99,8 @@ counters! {
     connects,
     /// Handshakes that exceeded their deadline.
     handshakes_timed_out,
+    /// Connections closed at their age limit.
+    connections_aged_out,
     /// Connections that ended.
     closed,
     /// Packets that quinn-proto did not recognise: malformed headers, unknown connections.

@@ -378,3 +378,40 @@ impl ShardApp for Crowd {
         }
     }
 }
+
+/// Two days of virtual time: no connection lives longer than its limit, busy or idle, and both ends
+/// learn why.
+#[test]
+fn a_connection_ends_at_its_age_limit() {
+    const DAY_MS: u64 = 24 * 3_600_000;
+    let aged = TransportConfig {
+        connection_age_ms_max: DAY_MS,
+        keep_alive_interval_ms: 10_000,
+        ..Default::default()
+    };
+    for limited_is_server in [true, false] {
+        let other = TransportConfig { connection_age_ms_max: 0, ..aged.clone() };
+        let (client, server) =
+            if limited_is_server { (other, aged.clone()) } else { (aged.clone(), other) };
+        let mut pair =
+            Pair::new(PairConfig { client, server, ..Default::default() }, upload(100_000), keep());
+        let both = |c: &sim::Log, s: &sim::Log| !c.closed.is_empty() && !s.closed.is_empty();
+        let almost = Duration::from_millis(DAY_MS / 10 * 9 - 1_000);
+        assert!(!pair.run(almost, both), "closed early: {:?}", pair.clock.elapsed());
+        assert!(pair.run(Duration::from_millis(DAY_MS / 10 + 2_000), both), "not closed in time");
+        let (client, server) =
+            (pair.client_log.lock().expect("log"), pair.server_log.lock().expect("log"));
+        let (here, there, counters) = if limited_is_server {
+            (&server.closed, &client.closed, pair.server.counters())
+        } else {
+            (&client.closed, &server.closed, pair.client.counters())
+        };
+        assert_eq!(*here, vec![ConnectionError::AgeLimitReached { age_ms_max: DAY_MS }]);
+        let [ConnectionError::ClosedByPeer { code, reason }] = &there[..] else {
+            panic!("{there:?}")
+        };
+        assert_eq!(*code, stoq::config::CONNECTION_AGE_CODE);
+        assert_eq!(&reason[..], b"connection age limit reached");
+        assert_eq!(counters.connections_aged_out, 1);
+    }
+}

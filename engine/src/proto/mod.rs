@@ -9,10 +9,12 @@ pub mod bbr;
 pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
+pub(crate) mod credit;
 pub(crate) mod pacing;
 mod pooling;
 mod qlog;
 pub(crate) mod timers;
+pub(crate) mod tokens;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -22,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use quinn_proto::{
     ClientConfig, Connection, ConnectionHandle, DatagramEvent, EcnCodepoint, Endpoint,
-    EndpointConfig, Event, ServerConfig, Side, Transmit,
+    EndpointConfig, Event, ServerConfig, Side, Transmit, ValidationTokenConfig,
 };
 
 use crate::app::{ConnId, Incoming};
@@ -53,6 +55,7 @@ pub(crate) struct QuicIdentity {
     pub(crate) client: Option<Arc<dyn quinn_proto::crypto::ClientConfig>>,
     pub(crate) token_key: Option<Arc<dyn quinn_proto::crypto::HandshakeTokenKey>>,
     pub(crate) reset_key: Option<Arc<dyn quinn_proto::crypto::HmacKey>>,
+    pub(crate) tokens: tokens::Tokens,
 }
 
 /// What the shard must do for one connection after its events were handled.
@@ -155,13 +158,23 @@ impl Protocol {
             });
         let server = identity.server.map(|crypto| {
             let token_key = identity.token_key.clone().unwrap_or_else(|| random_token_key(&seed));
+            let (inner, used) = (token_key, identity.tokens.retries.clone());
+            let token_key = Arc::new(tokens::OnceKey { inner, used });
             let mut server = ServerConfig::new(crypto, token_key);
+            let mut new_tokens = ValidationTokenConfig::default();
+            new_tokens
+                .sent(config.new_tokens)
+                .lifetime(Duration::from_secs(config.new_token_lifetime_s))
+                .log(identity.tokens.log.clone());
+            server
+                .validation_token_config(new_tokens)
+                .retry_token_lifetime(tokens::RETRY_TOKEN_LIFETIME);
             server.transport_config(transport.clone()).max_incoming(config.incoming_max);
             Arc::new(server)
         });
         let client = identity.client.map(|crypto| {
             let mut client = ClientConfig::new(crypto);
-            client.transport_config(transport.clone());
+            client.transport_config(transport.clone()).token_store(identity.tokens.store.clone());
             client
         });
         Self {
@@ -470,7 +483,10 @@ impl Protocol {
         }
         debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
         let span = self.span(&connection);
-        self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline, span)));
+        let credit = credit::Credit::new(&self.config, now);
+        let mut conn = Box::new(Conn::new(connection, id, owner, now, deadline, span, credit));
+        conn.age_deadline = self.config.connection_age_max(id.generation).map(|age| now + age);
+        self.conns[slot] = Some(conn);
         self.live += 1;
         self.handshaking += 1;
         self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
@@ -678,15 +694,17 @@ impl Protocol {
     }
 
     /// Runs every timer that is due; its connections are touched.
-    /// Returns the handshakes that took too long: the caller reports them.
-    pub(crate) fn expire(&mut self, now: Instant, too_slow: &mut Vec<ConnId>) {
+    /// Returns the handshakes that took too long and the connections that are too old: the caller
+    /// ends them.
+    pub(crate) fn expire(&mut self, now: Instant, overdue: &mut Vec<ConnId>) {
         let mut expired = std::mem::take(&mut self.expired);
         self.timers.expire(now, &mut expired, crate::config::TIMERS_PER_TURN_MAX);
         for slot in expired.drain(..) {
             let Some(conn) = &mut self.conns[slot as usize] else { continue };
             conn.inner.handle_timeout(now);
-            if conn.handshake_deadline.is_some_and(|deadline| deadline <= now) {
-                too_slow.push(conn.id);
+            let ends = [conn.handshake_deadline, conn.age_deadline];
+            if ends.into_iter().flatten().any(|deadline| deadline <= now) {
+                overdue.push(conn.id);
             }
             self.mark_touched(slot);
         }

@@ -19,6 +19,7 @@
 //! the same over rings, sockets and the simulator.
 
 pub(crate) mod mailbox;
+mod overdue;
 mod pool;
 pub(crate) mod worker;
 
@@ -92,7 +93,7 @@ pub struct Shard<D: Datapath, C: Clock> {
     scratch: Vec<u8>,
     /// Distinct per packet: congestion control tells packets apart by it.
     stamp: Instant,
-    too_slow: Vec<ConnId>,
+    overdue: Vec<ConnId>,
     ending: Option<Ending>,
     failed: Option<String>,
     /// Attempts that the pools may still start in this turn.
@@ -135,7 +136,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             // Reserved up front: poll_transmit must never move it (ARCHITECTURE, decision 9).
             scratch: Vec::with_capacity(usize::from(u16::MAX) + 1),
             stamp: now,
-            too_slow: Vec::new(),
+            overdue: Vec::new(),
             ending: None,
             failed: None,
             pool_connects_left: 0,
@@ -270,13 +271,13 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     /// Loss detection, idle and pacing timers, the application's, the shutdown's.
     fn expire_timers(&mut self, now: Instant) -> bool {
-        let mut too_slow = std::mem::take(&mut self.too_slow);
-        self.proto.expire(now, &mut too_slow);
-        let mut worked = !too_slow.is_empty();
-        for conn in too_slow.drain(..) {
-            self.give_up_handshake(now, conn);
+        let mut overdue = std::mem::take(&mut self.overdue);
+        self.proto.expire(now, &mut overdue);
+        let mut worked = !overdue.is_empty();
+        for conn in overdue.drain(..) {
+            self.end_overdue(now, conn);
         }
-        self.too_slow = too_slow;
+        self.overdue = overdue;
         while let Some((owner, token)) = self.proto.pop_app_timer(now) {
             worked = true;
             self.call(now, owner, None, |app, cx| app.handle_timer(cx, token));
@@ -334,16 +335,21 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 self.proto.handshake_over(conn);
                 self.tell_closed(now, conn, owner, &reason.into());
             }
-            Event::Stream(event) => self.call(now, owner, Some(conn), |app, cx| match event {
-                StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
-                StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
-                StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
-                StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
-                StreamEvent::Stopped { id, error_code } => {
-                    app.handle_stopped(cx, conn, id, error_code);
+            Event::Stream(event) => {
+                if let StreamEvent::Opened { dir } = event {
+                    self.proto.note_streams_opened(now, conn, dir);
                 }
-                StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
-            }),
+                self.call(now, owner, Some(conn), |app, cx| match event {
+                    StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
+                    StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
+                    StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
+                    StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
+                    StreamEvent::Stopped { id, error_code } => {
+                        app.handle_stopped(cx, conn, id, error_code);
+                    }
+                    StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
+                })
+            }
             Event::DatagramReceived => {
                 self.call(now, owner, Some(conn), |app, cx| app.handle_datagrams(cx, conn));
             }
@@ -592,23 +598,6 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 self.failed = Some(reason);
             }
         }
-    }
-
-    fn give_up_handshake(&mut self, now: Instant, id: ConnId) {
-        let timeout_ms = self.proto.config().handshake_timeout_ms;
-        let Some(conn) = self.proto.conn_in_slot(id.slot).filter(|conn| conn.id == id) else {
-            return;
-        };
-        if !conn.inner.is_handshaking() {
-            return;
-        }
-        let owner = conn.owner;
-        let remote = crate::proto::v6(conn.inner.remote_address());
-        conn.inner.close(now, VarInt::from_u32(0), Bytes::from_static(b"handshake timeout"));
-        self.proto.counters.handshakes_timed_out += 1;
-        self.proto.handshake_over(id);
-        let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
-        self.tell_closed(now, id, owner, &reason);
     }
 
     // --- the end ------------------------------------------------------------------------

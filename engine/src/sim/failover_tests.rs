@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::runner::{client_ip, server_ip, tls, transport_config};
 use super::workload::{Progress, Workload};
-use super::{SimHost, SimHostConfig, shard_on};
+use super::{SimHost, SimHostConfig, shard_on, siblings};
 use crate::clock::{Clock, SimClock};
+use crate::config::HANDOFF_DATAGRAMS_MAX;
 use crate::datapath::failover::{Failover, Primary};
 use crate::datapath::sim::{
     EndpointId, Prefix, Scenario, SimDatapath, SimNetwork, SimNode, run_while,
@@ -19,6 +20,7 @@ use crate::datapath::{
     Capabilities, Datapath, DatapathCounters, DatapathEvent, RxBatch, TxDrop, TxMeta, TxVerdict,
 };
 use crate::metrics::ShardMetrics;
+use crate::proto::QuicIdentity;
 use crate::shard::Shard;
 
 /// A device over a simulated port, which it leaves behind when it fails.
@@ -173,18 +175,15 @@ fn a_transfer_survives_every_swap() {
         let (endpoint, progress) = (port.id(), Arc::new(Progress::default()));
         let (start, spec) = (clock.now(), &scenario.flows[0]);
         let app = |sends, to| Workload::new(spec.clone(), sends, to, progress.clone(), start);
-        let setup = |server, client, seed| SimHostConfig {
-            config: transport_config(spec),
-            server,
-            client,
-            seed,
-        };
         let (coordinator, given_up) = sync_channel(64);
         let device = Device::new(Some(port), local, start + HALF_PERIOD);
         let path = Failover::new(0, device, coordinator);
+        let config = Arc::new(transport_config(spec));
+        let identity = QuicIdentity { client: Some(client), ..QuicIdentity::default() };
+        let siblings = siblings(&config, 1, HANDOFF_DATAGRAMS_MAX).expect("mailboxes");
+        let app_here = app(true, Some(remote));
         let (shard, mailbox, metrics) =
-            shard_on(&clock, path, setup(None, Some(client), seed), app(true, Some(remote)))
-                .expect("a shard");
+            shard_on(&clock, path, config, identity, siblings, (0, seed), app_here);
         let first = Device::new(None, local, start).capabilities;
         metrics.set_path(first.clone());
         let message = crate::shard::mailbox::Command::App(Box::new(()));
@@ -193,13 +192,13 @@ fn a_transfer_survives_every_swap() {
         let (paths, clock2) = (Vec::new(), clock.clone());
         let mut flaky =
             FlakyHost { shard, metrics, clock: clock2, endpoint, local, next_return, paths };
-        let mut other = SimHost::new(
-            &clock,
-            server_port,
-            setup(Some(server), None, seed + 100),
-            app(false, None),
-        )
-        .expect("a host");
+        let setup = SimHostConfig {
+            config: transport_config(spec),
+            server: Some(server),
+            client: None,
+            seed: seed + 100,
+        };
+        let mut other = SimHost::new(&clock, server_port, setup, app(false, None)).expect("a host");
         let mut nodes: [&mut dyn SimNode; 2] = [&mut flaky, &mut other];
         let limit = Duration::from_secs(60);
         let mut proceed = || progress.completed_at().is_none() && !progress.has_failed();

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod failover_tests;
 mod runner;
+mod shards;
 mod workload;
 
 use std::any::Any;
@@ -17,7 +18,7 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::{Clock, SimClock};
-use crate::config::{CidConfig, CidKey, TransportConfig};
+use crate::config::{CidConfig, CidKey, HANDOFF_DATAGRAMS_MAX, TransportConfig};
 use crate::datapath::Datapath;
 use crate::datapath::sim::{EndpointId, SimDatapath, SimNode};
 use crate::engine::EngineShared;
@@ -30,6 +31,7 @@ use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings};
 
 pub use runner::{RunError, Sample, ScenarioRun, run_scenario};
+pub use shards::SimShards;
 
 /// What a simulated host is made of.
 pub struct SimHostConfig {
@@ -64,9 +66,32 @@ impl SimHost {
         setup: SimHostConfig,
         app: impl ShardApp,
     ) -> Result<Self, StartError> {
+        let identity = QuicIdentity {
+            server: setup.server,
+            client: setup.client,
+            token_key: None,
+            reset_key: None,
+            tokens: Default::default(),
+        };
+        let siblings = siblings(&setup.config, 1, HANDOFF_DATAGRAMS_MAX)?;
+        let config = Arc::new(setup.config);
+        Ok(Self::shard(clock, datapath, config, identity, siblings, (0, setup.seed), app))
+    }
+
+    /// One shard of several, with its number and its seed.
+    fn shard(
+        clock: &SimClock,
+        datapath: SimDatapath,
+        config: Arc<TransportConfig>,
+        identity: QuicIdentity,
+        siblings: Siblings,
+        (shard, seed_number): (usize, u64),
+        app: impl ShardApp,
+    ) -> Self {
         let endpoint = datapath.id();
-        let (shard, mailbox, metrics) = shard_on(clock, datapath, setup, app)?;
-        Ok(Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false })
+        let (shard, mailbox, metrics) =
+            shard_on(clock, datapath, config, identity, siblings, (shard, seed_number), app);
+        Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false }
     }
 
     /// Sends a message to the application; it is taken with the next turn.
@@ -126,51 +151,55 @@ type SimShard<D> = (Shard<D, SimClock>, Mailbox, Arc<ShardMetrics>);
 fn shard_on<D: Datapath>(
     clock: &SimClock,
     datapath: D,
-    setup: SimHostConfig,
+    config: Arc<TransportConfig>,
+    identity: QuicIdentity,
+    siblings: Siblings,
+    (shard, seed_number): (usize, u64),
     app: impl ShardApp,
-) -> Result<SimShard<D>, StartError> {
-    setup.config.validate()?;
-    let source = |source| StartError::System { what: "eventfd for a mailbox", source };
-    let mailbox = Mailbox::without_wait_times(setup.config.mailbox_capacity).map_err(source)?;
-    let mailboxes: Arc<[Mailbox]> = Arc::new([mailbox.clone()]);
+) -> SimShard<D> {
+    let mailbox = siblings.mailboxes[shard].clone();
     let metrics = Arc::new(ShardMetrics::default());
     let mut seed = [0; 32];
-    seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
-    let cid = CidConfig {
-        key: Some(setup.config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]))),
-        ..setup.config.cid.clone()
+    seed[..8].copy_from_slice(&seed_number.to_le_bytes());
+    let setup = ProtocolSetup {
+        mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
+        config,
+        identity,
+        cids: siblings.cids.clone(),
+        shard,
+        shards: siblings.mailboxes.len(),
+        metrics: metrics.clone(),
+        mailbox: mailbox.clone(),
+        seed,
     };
-    let cids = Cids::new(CidTable::new(&cid, 1));
-    let proto = Protocol::new(
-        ProtocolSetup {
-            mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
-            config: Arc::new(setup.config),
-            identity: QuicIdentity {
-                server: setup.server,
-                client: setup.client,
-                token_key: None,
-                reset_key: None,
-            },
-            cids: cids.clone(),
-            shard: 0,
-            shards: 1,
-            metrics: metrics.clone(),
-            mailbox: mailbox.clone(),
-            seed,
-        },
-        clock.now(),
-    );
     let shard = Shard::new(
         datapath,
         clock.clone(),
-        proto,
-        HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
+        Protocol::new(setup, clock.now()),
+        HandleApp::new(Arc::new(EngineShared::new(siblings.mailboxes.clone()))),
         Some(Box::new(app)),
         mailbox.clone(),
-        Siblings { mailboxes, cids },
+        siblings,
         metrics.clone(),
     );
-    Ok((shard, mailbox, metrics))
+    (shard, mailbox, metrics)
+}
+
+/// Mailboxes and connection IDs of `shards` shards; without a key of its own, a fixed one.
+fn siblings(
+    config: &TransportConfig,
+    shards: usize,
+    handoff_datagrams: usize,
+) -> Result<Siblings, StartError> {
+    config.validate()?;
+    let source = |source| StartError::System { what: "eventfd for a mailbox", source };
+    let mailboxes: Arc<[Mailbox]> = (0..shards)
+        .map(|_| Mailbox::without_wait_times(config.mailbox_capacity, handoff_datagrams))
+        .collect::<std::io::Result<_>>()
+        .map_err(source)?;
+    let key = config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]));
+    let cid = CidConfig { key: Some(key), ..config.cid.clone() };
+    Ok(Siblings { mailboxes, cids: Cids::new(CidTable::new(&cid, shards)) })
 }
 
 impl SimNode for SimHost {
