@@ -171,6 +171,32 @@ pub enum RetryPolicy {
     Always,
 }
 
+/// What a shard does that has no work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BusyPoll {
+    /// It sleeps at once.
+    Off,
+    /// It spins for `spin_us` where that has ended in work of late, and else sleeps at once.
+    #[default]
+    Adaptive,
+    /// It never sleeps: it takes a whole core, and no packet waits for a wake-up.
+    Always,
+}
+
+impl std::str::FromStr for BusyPoll {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "off" => Ok(Self::Off),
+            "adaptive" => Ok(Self::Adaptive),
+            "always" => Ok(Self::Always),
+            _ => Err(format!("`{name}` is not one of off, adaptive, always")),
+        }
+    }
+}
+
 /// A value that the engine refuses to start with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
@@ -256,7 +282,10 @@ pub struct TransportConfig {
     pub initial_window_packets: u64,
     /// Ask the peer for sparse ACKs (draft-ietf-quic-ack-frequency).
     pub ack_frequency: bool,
-    /// Time a shard spins without work before it sleeps, µs. 0 to 1000000.
+    /// Whether a shard without work spins or sleeps.
+    pub busy_poll: BusyPoll,
+    /// Time a shard spins without work before it sleeps, µs, where `busy_poll` is adaptive.
+    /// 0 to 1000000.
     pub spin_us: u64,
     /// Commands that wait in a shard's mailbox at most.
     pub mailbox_capacity: usize,
@@ -336,6 +365,7 @@ impl Default for TransportConfig {
             initial_rtt_us: 100_000,
             initial_window_packets: 10,
             ack_frequency: true,
+            busy_poll: BusyPoll::Adaptive,
             spin_us: 50,
             mailbox_capacity: 4096,
             stream_send_queue_bytes: 1 << 20,

@@ -35,6 +35,7 @@ use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
+use crate::shard::spin::Spinner;
 use crate::shard::{Shard, Siblings, worker};
 use crate::sys::numa::PreferredNode;
 
@@ -349,7 +350,8 @@ impl Starter {
         let shared = self.shared.clone();
         let siblings = self.siblings.clone();
         let core = self.cores[shard];
-        let spin = Duration::from_micros(self.config.spin_us);
+        let spin_window = Duration::from_micros(self.config.spin_us);
+        let spinner = Spinner::new(self.config.busy_poll, spin_window);
         let thread = std::thread::Builder::new()
             .name(format!("{}{shard}", placement::THREAD_NAME_PREFIX))
             .spawn(move || {
@@ -371,7 +373,7 @@ impl Starter {
                     siblings,
                     metrics,
                 );
-                worker::run(shard, spin);
+                worker::run(shard, spinner);
             })
             .map_err(|source| StartError::System { what: "thread for a shard", source })?;
         self.threads.push(thread);

@@ -21,6 +21,7 @@
 pub(crate) mod mailbox;
 mod overdue;
 mod pool;
+pub(crate) mod spin;
 pub(crate) mod worker;
 
 use std::collections::VecDeque;
