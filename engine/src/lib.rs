@@ -90,7 +90,8 @@
 //! [`TransportConfig::datapath`](config::TransportConfig::datapath) is `auto` unless set: AF_XDP
 //! where a physical device and its driver make it the fastest, else io_uring, else plain sockets,
 //! both with segmentation offload. [`Engine::datapaths`](engine::Engine::datapaths) says what
-//! carries each shard and [`Engine::datapath_reasons`](engine::Engine::datapath_reasons) why;
+//! carries each shard now (AF_XDP whose device is gone stands on the kernel's socket until it is
+//! back) and [`Engine::datapath_reasons`](engine::Engine::datapath_reasons) why it was chosen;
 //! [`doctor`] says what the machine could do and what is missing.
 //!
 //! ```
