@@ -63,6 +63,12 @@ pub const SHARDS_MAX: usize = 256;
 pub const POOL_CONNECTS_PER_TURN_MAX: usize = 64;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
+/// Packets after which the peer is asked to acknowledge at once, plus one: sparse ACKs at high rates.
+/// A window of 44 packets still sees four in a round trip, which bandwidth probing wants.
+pub const ACK_ELICITING_THRESHOLD: u32 = 10;
+/// After this long the peer is asked to acknowledge fewer: at low rates the packets of a round trip
+/// are few, and four ACKs in it need a delay of a fourth. The least that quinn-proto can ask for.
+pub const ACK_DELAY_MAX: Duration = Duration::from_millis(1);
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
 
@@ -498,7 +504,9 @@ impl TransportConfig {
             })
             .ack_frequency_config(self.ack_frequency.then(|| {
                 let mut frequency = AckFrequencyConfig::default();
-                frequency.ack_eliciting_threshold(VarInt::from_u32(10));
+                frequency
+                    .ack_eliciting_threshold(VarInt::from_u32(ACK_ELICITING_THRESHOLD))
+                    .max_ack_delay(Some(ACK_DELAY_MAX));
                 frequency
             }))
             // The shard polls packet by packet; each gets a time stamp of its own.
