@@ -34,6 +34,7 @@ use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings, worker};
+use crate::sys::numa::PreferredNode;
 
 type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
 
@@ -160,6 +161,14 @@ impl Builder {
         self
     }
 
+    /// Where address tokens of servers are kept for the next connections to them, in place of 256
+    /// servers' latest in memory: a store may outlive the process.
+    #[must_use]
+    pub fn token_store(mut self, store: Arc<dyn quinn_proto::TokenStore>) -> Self {
+        self.identity.tokens.store = store;
+        self
+    }
+
     /// Opens the datapath and starts the shards.
     ///
     /// # Errors
@@ -183,8 +192,14 @@ impl Builder {
                 source,
             })?;
         }
+        let interface = open::interface_name(&config);
+        let placement = placement::place(&config, interface.as_deref())?;
         let cids = Cids::new(CidTable::new(&config.cid, config.shards));
-        let opened = open::open_steered(&config, Some(cids.table().steer_table()))?;
+        let opened = {
+            // Packet memory and rings are made here; what a pinned shard allocates lies on its node.
+            let _near_the_card = placement.node.map(prefer_node);
+            open::open_steered(&config, Some(cids.table().steer_table()))?
+        };
         let mailboxes: Arc<[Mailbox]> = (0..config.shards)
             .map(|_| Mailbox::new(config.mailbox_capacity))
             .collect::<std::io::Result<_>>()
@@ -192,7 +207,7 @@ impl Builder {
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
             siblings: Siblings { mailboxes, cids },
-            cores: placement::cores(&config)?,
+            cores: placement.cores,
             config: Arc::new(config),
             identity,
             app,
@@ -202,6 +217,16 @@ impl Builder {
         };
         starter.start(opened)
     }
+}
+
+/// Takes this thread's new memory from a node while the answer lives; goes without where the
+/// system refuses, which costs speed only.
+fn prefer_node(node: usize) -> Option<PreferredNode> {
+    PreferredNode::set(node)
+        .inspect_err(|error| {
+            tracing::warn!(node, %error, "set_mempolicy: packet memory may lie on another node");
+        })
+        .ok()
 }
 
 struct Starter {

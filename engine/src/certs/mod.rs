@@ -20,16 +20,18 @@ mod fault;
 mod local_ca;
 mod maintenance;
 mod names;
+mod padding;
 mod pem;
 mod provider;
 mod resumption;
 mod rotation;
 mod schedule;
+mod server_session;
 mod session;
 mod shared_keys;
 mod storage;
 #[cfg(test)]
-mod test_dir;
+pub(crate) mod test_dir;
 #[cfg(test)]
 mod test_handshake;
 mod tickets;

@@ -1,7 +1,8 @@
 //! The TLS session that quinn-proto drives, with what it does not tell: the key exchange group,
 //! and the reason of a failure in words.
 //!
-//! Only the handshake passes through here; packet keys are handed out unwrapped.
+//! Only the handshake passes through here; packet keys are handed out as they are, but for
+//! padding, which the receiving ones drop ([`super::padding`]).
 
 use std::any::Any;
 use std::sync::Arc;
@@ -15,12 +16,16 @@ use quinn_proto::crypto::{
 use quinn_proto::transport_parameters::TransportParameters;
 use quinn_proto::{ConnectError, ConnectionId, Side, TransportError};
 use rustls::NamedGroup;
+use rustls::quic::Version;
 use rustls_pki_types::CertificateDer;
 
 use super::error::CertsError;
 use super::fault::{CertificateFault, FaultCounters};
 use super::names::CertificateSummary;
+use super::padding::WithoutPadding;
 use super::provider;
+use super::server_session::ServerSession;
+use super::tls::initial_suite;
 
 /// Counts the changes of a connection's packet protection keys (RFC 9001 §6). Clones count together.
 #[derive(Debug, Clone, Default)]
@@ -126,6 +131,8 @@ pub(super) struct SessionContext {
 /// Server configuration whose sessions report group and faults.
 pub(super) struct ObservedServerConfig {
     pub(super) inner: Arc<QuicServerConfig>,
+    /// What `inner` is made of.
+    pub(super) config: Arc<rustls::ServerConfig>,
     pub(super) context: SessionContext,
 }
 
@@ -147,8 +154,14 @@ impl ServerConfig for ObservedServerConfig {
         version: u32,
         params: &TransportParameters,
     ) -> Box<dyn Session> {
-        let inner = Arc::clone(&self.inner).start_session(version, params);
-        Box::new(ObservedSession::new(inner, self.context.clone()))
+        // quinn-proto asks `initial_keys` first, which refuses versions that it does not know.
+        let version = match version {
+            0xff00_001d..=0xff00_0020 => Version::V1Draft,
+            _ => Version::V1,
+        };
+        let config = Arc::clone(&self.config);
+        let inner = ServerSession::new(config, initial_suite(), version, params);
+        Box::new(ObservedSession::new(Box::new(inner), self.context.clone()))
     }
 }
 
@@ -260,12 +273,14 @@ impl Session for ObservedSession {
     }
 
     fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
-        self.inner.write_handshake(buf)
+        let mut keys = self.inner.write_handshake(buf)?;
+        keys.packet = receive_without_padding(keys.packet);
+        Some(keys)
     }
 
     fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
         self.key_updates.0.fetch_add(1, Relaxed);
-        self.inner.next_1rtt_keys()
+        self.inner.next_1rtt_keys().map(receive_without_padding)
     }
 
     fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
@@ -280,6 +295,10 @@ impl Session for ObservedSession {
     ) -> Result<(), ExportKeyingMaterialError> {
         self.inner.export_keying_material(output, label, context)
     }
+}
+
+fn receive_without_padding(keys: KeyPair<Box<dyn PacketKey>>) -> KeyPair<Box<dyn PacketKey>> {
+    KeyPair { local: keys.local, remote: Box::new(WithoutPadding(keys.remote)) }
 }
 
 /// Erases the type for `quinn_proto::ServerConfig::new`.

@@ -108,7 +108,7 @@ pub(crate) fn open_steered(
 
 /// The best by capability; what cannot be opened after all is left for the next.
 fn open_best(config: &TransportConfig, table: Option<&SteerTable>) -> Result<Opened, StartError> {
-    let interface = config.interface.clone().or_else(|| interface_of(config));
+    let interface = interface_name(config);
     let facts = interface.as_deref().and_then(interface_facts);
     let mut reasons = Vec::new();
     let kind = match &facts {
@@ -166,6 +166,11 @@ fn open_best(config: &TransportConfig, table: Option<&SteerTable>) -> Result<Ope
         }
     }
     Err(failure.expect("at least plain sockets were tried"))
+}
+
+/// The interface that carries the packets, where one is named or can be told from the address.
+pub(crate) fn interface_name(config: &TransportConfig) -> Option<String> {
+    config.interface.clone().or_else(|| interface_of(config))
 }
 
 /// The interface that owns the bound address, where a single one is bound.

@@ -116,6 +116,7 @@ pub(crate) fn render<'a>(
             counter(&mut out, "pool", name, help, value, &shard, is_gauge);
         }
         let latencies = [
+            ("stoq_shard_turn_seconds", &metrics.turn_ns, "How long turns took that found work."),
             ("stoq_rtt_seconds", &metrics.rtt_ns, "Round-trip times, one sample per ACK."),
             (
                 "stoq_shard_mailbox_wait_seconds",

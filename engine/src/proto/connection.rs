@@ -9,6 +9,7 @@ use quinn_proto::{Connection, FrameStats};
 use super::Owner;
 use super::bbr::State;
 use super::congestion::{CcState, Gated};
+use super::credit::Credit;
 use super::pacing::Pacer;
 use crate::app::ConnId;
 use crate::certs::KeyUpdates;
@@ -166,7 +167,11 @@ pub(crate) struct Conn {
     pub(crate) touched: bool,
     pub(crate) tx_queued: bool,
     pub(crate) handshake_deadline: Option<Instant>,
+    /// When it has reached `connection_age_ms_max`.
+    pub(crate) age_deadline: Option<Instant>,
     pub(crate) closed_reported: bool,
+    /// It was seen closed, and is counted so.
+    pub(crate) closing: bool,
     /// quinn-proto's endpoint has forgotten it.
     pub(crate) drained: bool,
     /// Its place in the owner's connection pool.
@@ -175,6 +180,8 @@ pub(crate) struct Conn {
     pub(crate) span: tracing::Span,
     /// Counts changes of its keys, once the handshake is over.
     pub(crate) key_updates: Option<KeyUpdates>,
+    /// What the peer may use, and uses.
+    pub(crate) credit: Credit,
     /// Something arrived since `owes_ack` last looked.
     pub(crate) rx_since_ack_check: bool,
     cc: Arc<CcState>,
@@ -196,6 +203,7 @@ impl Conn {
         now: Instant,
         handshake_deadline: Instant,
         span: tracing::Span,
+        credit: Credit,
     ) -> Self {
         Self {
             cc: Gated::state_of(&inner),
@@ -206,11 +214,14 @@ impl Conn {
             touched: false,
             tx_queued: false,
             handshake_deadline: Some(handshake_deadline),
+            age_deadline: None,
             closed_reported: false,
+            closing: false,
             drained: false,
             pool_entry: None,
             span,
             key_updates: None,
+            credit,
             rx_since_ack_check: false,
             pacer: Pacer::new(now),
             paced_until: None,
@@ -341,13 +352,12 @@ impl Conn {
         self.pacer.on_sent(now, bytes, rate);
     }
 
-    /// The earliest of quinn-proto's timeout, the handshake's deadline, the pacer and an owed ACK.
+    /// The earliest of quinn-proto's timeout, the handshake's and the age's deadlines, the pacer and
+    /// an owed ACK.
     pub(crate) fn next_deadline(&mut self) -> Option<Instant> {
         let owed = self.owed_since.map(|since| since + ACK_DELAY_MAX);
-        [self.inner.poll_timeout(), self.handshake_deadline, self.paced_until, owed]
-            .into_iter()
-            .flatten()
-            .min()
+        let ends = [self.handshake_deadline, self.age_deadline];
+        [self.inner.poll_timeout(), self.paced_until, owed].into_iter().chain(ends).flatten().min()
     }
 
     pub(crate) fn stats(&self) -> ConnectionStats {
