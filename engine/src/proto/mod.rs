@@ -320,7 +320,7 @@ impl Protocol {
         if demand && !incoming.remote_address_validated() {
             match self.retry(incoming) {
                 Ok(()) => return None,
-                Err(incoming) => return Some(Incoming(incoming)),
+                Err(incoming) => return Some(Incoming::new(incoming, self.mailbox.clone())),
             }
         }
         if self.handshaking >= self.config.incoming_max {
@@ -328,7 +328,7 @@ impl Protocol {
             self.refuse(incoming);
             return None;
         }
-        Some(Incoming(incoming))
+        Some(Incoming::new(incoming, self.mailbox.clone()))
     }
 
     /// The settings for paths whose UDP payload is at most `mtu_bytes`.
