@@ -30,7 +30,7 @@ use quinn_proto::{
 
 use crate::app::{ConnId, Incoming};
 use crate::config::{
-    HANDSHAKE_STEPS_MAX, RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
+    HANDSHAKE_STEPS_MAX, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
 };
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
