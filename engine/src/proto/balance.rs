@@ -112,7 +112,7 @@ impl Protocol {
         if demand && !incoming.remote_address_validated() {
             match self.retry(incoming) {
                 Ok(()) => return None,
-                Err(incoming) => return Some(Incoming(incoming)),
+                Err(incoming) => return Some(Incoming::new(incoming, self.mailbox.clone())),
             }
         }
         if self.handshaking >= self.config.incoming_max {
@@ -120,7 +120,7 @@ impl Protocol {
             self.refuse(incoming);
             return None;
         }
-        Some(Incoming(incoming))
+        Some(Incoming::new(incoming, self.mailbox.clone()))
     }
 
     /// Demands that the client shows its address, and tells it to come back to a shard with room.

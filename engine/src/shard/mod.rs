@@ -327,7 +327,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
         };
         match event {
-            Event::HandshakeDataReady => {}
+            Event::HandshakeDataReady => {
+                if owner == Owner::Handles {
+                    let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
+                    self.handles.handle_handshake_data(&mut cx, conn);
+                }
+            }
             Event::Connected => {
                 self.proto.handshake_over(conn);
                 self.proto.note_connected(conn);
