@@ -70,6 +70,9 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// A shard sends new clients elsewhere by a Retry when it has so many connections more than twice the
+/// least busy shard's.
+pub const BALANCE_IMBALANCE_CONNECTIONS: usize = 64;
 /// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
 /// 300 000 tokens in one lifetime are told apart but for one in 1000.
 pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
@@ -170,7 +173,8 @@ impl std::str::FromStr for CongestionControl {
 pub enum RetryPolicy {
     /// Never.
     Never,
-    /// When more than a quarter of `incoming_max` handshakes are under way.
+    /// When more than a quarter of `incoming_max` handshakes are under way, and when this shard has far
+    /// more connections than another: the Retry sends the client there.
     #[default]
     UnderLoad,
     /// Always: costs each client one round trip.
