@@ -70,6 +70,9 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// A shard sends new clients elsewhere by a Retry when it has so many connections more than twice the
+/// least busy shard's.
+pub const BALANCE_IMBALANCE_CONNECTIONS: usize = 64;
 /// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
 /// 300 000 tokens in one lifetime are told apart but for one in 1000.
 pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
@@ -79,6 +82,14 @@ pub const SHARDS_MAX: usize = 256;
 pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
+/// Packets after which the peer is asked to acknowledge at once, plus one: sparse ACKs at high rates.
+/// A window of 44 packets still sees four in a round trip, which bandwidth probing wants.
+pub const ACK_ELICITING_THRESHOLD: u32 = 10;
+/// After this long the peer is asked to acknowledge fewer: at low rates the packets of a round trip
+/// are few, and four ACKs in it need a delay of a fourth. The least that quinn-proto can ask for.
+pub const ACK_DELAY_MAX: Duration = Duration::from_millis(1);
+/// How often an engine with `failover` looks whether its XDP program is still attached, ms.
+pub const FAILOVER_CHECK_INTERVAL_MS: u64 = 500;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
 
@@ -162,7 +173,8 @@ impl std::str::FromStr for CongestionControl {
 pub enum RetryPolicy {
     /// Never.
     Never,
-    /// When more than a quarter of `incoming_max` handshakes are under way.
+    /// When more than a quarter of `incoming_max` handshakes are under way, and when this shard has far
+    /// more connections than another: the Retry sends the client there.
     #[default]
     UnderLoad,
     /// Always: costs each client one round trip.
@@ -315,6 +327,14 @@ pub struct TransportConfig {
     pub require_zero_copy: bool,
     /// Allow AF_XDP in generic (SKB) mode where the driver has no native one.
     pub allow_skb_mode: bool,
+    /// Go on over the kernel's socket when an AF_XDP device fails while connections run, also where
+    /// `datapath` is `af_xdp`, and back when it is there again; otherwise they end with
+    /// [`DatapathFailed`](crate::error::ConnectionError::DatapathFailed).
+    pub failover: bool,
+    /// First wait before a failed AF_XDP device is opened again, ms; doubled with every attempt. 10 to 60000.
+    pub failover_backoff_ms_min: u64,
+    /// Longest wait, ms. `failover_backoff_ms_min` to 3600000.
+    pub failover_backoff_ms_max: u64,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
     /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
@@ -370,6 +390,9 @@ impl Default for TransportConfig {
             tls: None,
             require_zero_copy: false,
             allow_skb_mode: false,
+            failover: true,
+            failover_backoff_ms_min: 100,
+            failover_backoff_ms_max: 5_000,
             qlog_dir: None,
             resume: None,
         }
@@ -491,6 +514,9 @@ impl TransportConfig {
         self.pool.validate()?;
         check("message_size_max", self.message_size_max as u64, 1, 16 * GIB)?;
         check("shutdown_grace_ms", self.shutdown_grace_ms, 0, 600_000)?;
+        check("failover_backoff_ms_min", self.failover_backoff_ms_min, 10, 60_000)?;
+        let (longest, min) = (self.failover_backoff_ms_max, self.failover_backoff_ms_min);
+        check("failover_backoff_ms_max", longest, min, 3_600_000)?;
         if let Some(tls) = &self.tls {
             tls.validate()?;
         }
@@ -606,7 +632,9 @@ impl TransportConfig {
             })
             .ack_frequency_config(self.ack_frequency.then(|| {
                 let mut frequency = AckFrequencyConfig::default();
-                frequency.ack_eliciting_threshold(VarInt::from_u32(10));
+                frequency
+                    .ack_eliciting_threshold(VarInt::from_u32(ACK_ELICITING_THRESHOLD))
+                    .max_ack_delay(Some(ACK_DELAY_MAX));
                 frequency
             }))
             // The shard polls packet by packet; each gets a time stamp of its own.
@@ -645,6 +673,20 @@ mod tests {
         assert!(TransportConfig::from_toml("bind = '127.0.0.1:1'").is_err(), "IPv4 does not exist");
         let error = TransportConfig::from_toml("shards = 0").expect_err("range");
         assert!(error.contains("1 to 256"), "{error}");
+    }
+
+    #[test]
+    fn failover_waits_have_a_range() {
+        let config = TransportConfig { failover_backoff_ms_max: 50, ..Default::default() };
+        let error = config.validate().expect_err("below the first wait");
+        assert_eq!(
+            (error.key, error.allowed.as_str()),
+            ("failover_backoff_ms_max", "100 to 3600000")
+        );
+        let config = TransportConfig { failover_backoff_ms_min: 9, ..Default::default() };
+        assert_eq!(config.validate().expect_err("too short").key, "failover_backoff_ms_min");
+        let config = TransportConfig::from_toml("failover = false").expect("valid");
+        assert!(!config.failover && TransportConfig::default().failover);
     }
 
     #[test]
