@@ -1,13 +1,12 @@
 //! The engine: its builder, its shards' threads, connect, accept, shut down.
 
-mod starter;
+mod attempt;
 
 use std::any::Any;
 use std::net::SocketAddrV6;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,34 +18,32 @@ use quinn_proto::VarInt;
 use quinn_proto::crypto;
 
 use crate::app::ShardApp;
+use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
-use crate::connection::Connection;
-use crate::datapath::open;
+use crate::datapath::af_xdp::AfXdp;
+use crate::datapath::failover::AfXdpReopen;
+use crate::datapath::open::{self, Opened};
 use crate::datapath::steering::SteeringHandle;
-use crate::datapath::{Capabilities, DatapathCounters};
+use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
-use crate::handles::{Command as HandleCommand, ConnectReply, Decision, PoolCommand};
+use crate::handles::{Command as HandleCommand, HandleApp, PoolCommand};
 use crate::metrics::{
     MetricsServer, RateWindow, ShardCounters, ShardMetrics, TransportStats, prometheus,
 };
 use crate::placement;
 use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
-use crate::proto::QuicIdentity;
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
-use crate::shard::Siblings;
+use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
+use crate::shard::spin::Spinner;
+use crate::shard::{Shard, Siblings, worker};
 use crate::sys::numa::PreferredNode;
-use starter::Starter;
+
+use attempt::Offer;
+pub use attempt::{Connecting, Incoming, ZeroRttAccepted};
 
 type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
-
-/// A client that knocked and waits for an answer.
-pub(crate) struct Offer {
-    shard: usize,
-    key: usize,
-    remote: SocketAddrV6,
-    validated: bool,
-}
 
 /// What the engine's handles and its shards share.
 pub(crate) struct EngineShared {
@@ -208,7 +205,7 @@ impl Builder {
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
-            siblings: Siblings { mailboxes, cids },
+            siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
             cores: placement.cores,
             config: Arc::new(config),
             identity,
@@ -229,6 +226,156 @@ fn prefer_node(node: usize) -> Option<PreferredNode> {
             tracing::warn!(node, %error, "set_mempolicy: packet memory may lie on another node");
         })
         .ok()
+}
+
+struct Starter {
+    shared: Arc<EngineShared>,
+    siblings: Siblings,
+    config: Arc<TransportConfig>,
+    identity: QuicIdentity,
+    app: Option<AppFactory>,
+    cores: Vec<Option<core_affinity::CoreId>>,
+    threads: Vec<JoinHandle<()>>,
+    metrics: Vec<Arc<ShardMetrics>>,
+    /// Where packet memory shall lie.
+    node: Option<usize>,
+}
+
+impl Starter {
+    fn start(mut self, opened: Opened) -> Result<Engine, StartError> {
+        let local = opened.local_addr();
+        let metrics_address = self.config.metrics_address;
+        let reasons = opened.reasons.clone();
+        let xdp = opened.xdp.clone();
+        let steering = opened.steering.clone();
+        let result = match opened.datapaths {
+            open::Datapaths::AfXdp(paths) => match (opened.af_xdp, opened.xdp) {
+                (Some(config), Some(program)) if self.config.failover => {
+                    let reopen = AfXdpReopen::new(config, program, self.node);
+                    self.spawn_with_failover(paths, reopen)
+                }
+                _ => self.spawn_all(paths),
+            },
+            open::Datapaths::IoUring(paths) => self.spawn_all(paths),
+            open::Datapaths::Socket(paths) => self.spawn_all(paths),
+        };
+        let engine = Engine {
+            shared: self.shared,
+            threads: Mutex::new(self.threads),
+            metrics: self.metrics,
+            pool_width: self.config.pool.connections_per_peer_max,
+            local,
+            reasons,
+            xdp,
+            steering,
+            rates: Mutex::default(),
+            cids: self.siblings.cids,
+            exporter: None,
+        };
+        // An engine that started in part is dropped here, which ends its shards.
+        result?;
+        engine.with_exporter(metrics_address)
+    }
+
+    fn spawn_all<D: Datapath + Send + 'static>(&mut self, paths: Vec<D>) -> Result<(), StartError> {
+        let total = self.config.shards;
+        for (shard, datapath) in paths.into_iter().enumerate() {
+            if let Err(error) = self.spawn(shard, datapath) {
+                for _ in shard..total {
+                    self.shared.shard_ended();
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// The coordinator's thread comes last: it ends when the shards have ended.
+    fn spawn_with_failover(
+        &mut self,
+        paths: Vec<AfXdp>,
+        reopen: AfXdpReopen,
+    ) -> Result<(), StartError> {
+        let mailboxes = self.siblings.mailboxes.clone();
+        let offer =
+            move |shard: usize, path| mailboxes[shard].push(Command::Datapath(path)).is_ok();
+        let started = reopen.start(paths, &self.config, offer);
+        let (paths, coordinator) = started.map_err(|source| {
+            for _ in 0..self.config.shards {
+                self.shared.shard_ended();
+            }
+            StartError::System { what: "thread for the failover", source }
+        })?;
+        let spawned = self.spawn_all(paths);
+        self.threads.push(coordinator.into_thread());
+        spawned
+    }
+
+    fn spawn<D: Datapath + Send + 'static>(
+        &mut self,
+        shard: usize,
+        datapath: D,
+    ) -> Result<(), StartError> {
+        let capabilities = datapath.capabilities().clone();
+        tracing::info!(
+            shard,
+            datapath = capabilities.kind.name(),
+            mode = capabilities.mode,
+            interface = capabilities.interface,
+            queue = capabilities.queue,
+            "shard starts"
+        );
+        let metrics = Arc::new(ShardMetrics::default());
+        metrics.set_path(capabilities);
+        self.metrics.push(metrics.clone());
+        let mut seed = [0; 32];
+        aws_lc_rs::rand::fill(&mut seed).expect("the system gives randomness");
+        let probe = SocketAddrV6::new(*self.config.bind.ip(), 1, 0, self.config.bind.scope_id());
+        let setup = ProtocolSetup {
+            config: self.config.clone(),
+            identity: self.identity.clone(),
+            cids: self.siblings.cids.clone(),
+            loads: self.siblings.loads.clone(),
+            shard,
+            shards: self.config.shards,
+            metrics: metrics.clone(),
+            mailbox: self.siblings.mailboxes[shard].clone(),
+            mtu_bytes: datapath.max_udp_payload(&probe),
+            seed,
+        };
+        let app = self.app.as_mut().map(|make| make(shard));
+        let shared = self.shared.clone();
+        let siblings = self.siblings.clone();
+        let core = self.cores[shard];
+        let spin_window = Duration::from_micros(self.config.spin_us);
+        let spinner = Spinner::new(self.config.busy_poll, spin_window);
+        let thread = std::thread::Builder::new()
+            .name(format!("{}{shard}", placement::THREAD_NAME_PREFIX))
+            .spawn(move || {
+                if let Some(core) = core
+                    && !core_affinity::set_for_current(core)
+                {
+                    tracing::warn!(shard, core = core.id, "could not pin the shard's thread");
+                }
+                let proto = Protocol::new(setup, std::time::Instant::now());
+                let mailbox = siblings.mailboxes[shard].clone();
+                let handles = HandleApp::new(shared);
+                let shard = Shard::new(
+                    datapath,
+                    SystemClock,
+                    proto,
+                    handles,
+                    app,
+                    mailbox,
+                    siblings,
+                    metrics,
+                );
+                worker::run(shard, spinner);
+            })
+            .map_err(|source| StartError::System { what: "thread for a shard", source })?;
+        self.threads.push(thread);
+        Ok(())
+    }
 }
 
 /// Counters of one shard and its datapath.
@@ -314,19 +461,15 @@ impl Engine {
         server_name: &str,
         config: Option<quinn_proto::ClientConfig>,
     ) -> Connecting {
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Connect {
-            remote,
-            server_name: server_name.to_owned(),
-            config,
-            reply: ConnectReply(reply),
-        };
+        let (reply, connecting) = Connecting::new();
+        let command =
+            Command::Connect { remote, server_name: server_name.to_owned(), config, reply };
         let mailbox = &self.shared.mailboxes[shard % self.shared.mailboxes.len()];
         if let Err(Command::Connect { reply, .. }) = mailbox.push(command) {
             let stopped = !self.shared.is_running();
             reply.fail(if stopped { ConnectError::EngineStopped } else { ConnectError::Busy });
         }
-        Connecting { answer }
+        connecting
     }
 
     /// Lends a connection to a peer from the pool; makes one, which concurrent callers share, where
@@ -405,7 +548,7 @@ impl Engine {
         loop {
             let listener = self.shared.offered.listen();
             if let Some(offer) = self.shared.offers.pop() {
-                return Some(Incoming { offer: Some(offer), shared: self.shared.clone() });
+                return Some(Incoming::new(offer, self.shared.clone()));
             }
             if !self.shared.is_running() {
                 return None;
@@ -599,74 +742,4 @@ pub struct ShutdownReport {
     /// Streams of those connections whose sending half was not finished and acknowledged: the
     /// peer may lack a part of their data.
     pub streams_cut_off: u64,
-}
-
-/// A connection attempt; resolves when the handshake is complete. Dropped, it is abandoned.
-#[must_use = "a dropped attempt is abandoned"]
-pub struct Connecting {
-    answer: oneshot::Receiver<Result<Connection, ConnectionError>>,
-}
-
-impl Future for Connecting {
-    type Output = Result<Connection, ConnectionError>;
-
-    fn poll(mut self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        std::pin::Pin::new(&mut self.answer)
-            .poll(cx)
-            .map(|answer| answer.unwrap_or(Err(ConnectionError::EngineStopped)))
-    }
-}
-
-/// A client that knocks. Dropped without a decision, it is refused.
-pub struct Incoming {
-    offer: Option<Offer>,
-    shared: Arc<EngineShared>,
-}
-
-impl Incoming {
-    /// The client's address, validated or not.
-    #[must_use]
-    pub fn remote_address(&self) -> SocketAddrV6 {
-        self.offer.as_ref().expect("taken only by a decision").remote
-    }
-
-    /// Whether the client has proved that it receives packets at its address.
-    #[must_use]
-    pub fn remote_address_validated(&self) -> bool {
-        self.offer.as_ref().expect("taken only by a decision").validated
-    }
-
-    /// Goes on with the handshake.
-    pub fn accept(mut self) -> Connecting {
-        let (reply, answer) = oneshot::channel();
-        self.decide(Decision::Accept(reply));
-        Connecting { answer }
-    }
-
-    /// Refuses the client with CONNECTION_REFUSED.
-    pub fn refuse(mut self) {
-        self.decide(Decision::Refuse);
-    }
-
-    /// Asks the client to prove its address (RFC 9000 §8.1.2). One that has already is refused.
-    pub fn retry(mut self) {
-        self.decide(Decision::Retry);
-    }
-
-    /// Forgets the client without an answer.
-    pub fn ignore(mut self) {
-        self.decide(Decision::Ignore);
-    }
-
-    fn decide(&mut self, decision: Decision) {
-        if let Some(Offer { shard, key, .. }) = self.offer.take() {
-            self.shared.mailboxes[shard].notify(HandleCommand::Incoming { key, decision });
-        }
-    }
-}
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        self.decide(Decision::Refuse);
-    }
 }
