@@ -32,6 +32,7 @@ use crate::metrics::{
 };
 use crate::placement;
 use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
@@ -204,7 +205,7 @@ impl Builder {
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
-            siblings: Siblings { mailboxes, cids },
+            siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
             cores: placement.cores,
             config: Arc::new(config),
             identity,
@@ -334,6 +335,7 @@ impl Starter {
             config: self.config.clone(),
             identity: self.identity.clone(),
             cids: self.siblings.cids.clone(),
+            loads: self.siblings.loads.clone(),
             shard,
             shards: self.config.shards,
             metrics: metrics.clone(),
