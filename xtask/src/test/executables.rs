@@ -14,8 +14,9 @@ use crate::workspace::{Target, Workspace};
 
 /// The profile of everything that tests run.
 pub(crate) const PROFILE: &str = "test-fast";
-/// The feature that switches on tests that need root.
-const PRIVILEGED_FEATURE: &str = "privileged-tests";
+/// Features that are switched on wherever a package has them: tests that need root, and what is off
+/// by default but must work.
+const TESTED_FEATURES: [&str; 2] = ["privileged-tests", "acme"];
 /// How long compiling may take.
 pub(crate) const BUILD_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// How long one test executable may take.
@@ -57,8 +58,10 @@ pub(crate) fn common_arguments(workspace: &Workspace) -> Vec<String> {
     let features: Vec<String> = workspace
         .packages
         .iter()
-        .filter(|package| package.features.contains_key(PRIVILEGED_FEATURE))
-        .map(|package| format!("{}/{PRIVILEGED_FEATURE}", package.name))
+        .flat_map(|package| {
+            let has = |feature: &&str| package.features.contains_key(*feature);
+            TESTED_FEATURES.into_iter().filter(has).map(|one| format!("{}/{one}", package.name))
+        })
         .collect();
     if !features.is_empty() {
         arguments.push("--features".into());
