@@ -38,6 +38,8 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// UDP payload on the loopback, whose MTU is 65536 (no other device's exceeds 65535).
+pub const LOOPBACK_PAYLOAD_BYTES: u16 = 65_488;
 /// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
 pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
@@ -53,8 +55,8 @@ pub const STREAMS_ALLOWED_INITIAL: u64 = 32;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
-/// commands of either kind; whatever arrived behind them waits for the next turn.
+/// Steps of handshakes, up to 150 µs each, that received datagrams cause in one turn at most, and
+/// likewise datagrams of other shards and commands of either kind; what came behind them waits.
 pub const HANDSHAKE_STEPS_MAX: usize = 3;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
@@ -68,6 +70,9 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// A shard sends new clients elsewhere by a Retry when it has so many connections more than twice the
+/// least busy shard's.
+pub const BALANCE_IMBALANCE_CONNECTIONS: usize = 64;
 /// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
 /// 300 000 tokens in one lifetime are told apart but for one in 1000.
 pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
@@ -77,6 +82,14 @@ pub const SHARDS_MAX: usize = 256;
 pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
+/// Packets after which the peer is asked to acknowledge at once, plus one: sparse ACKs at high rates.
+/// A window of 44 packets still sees four in a round trip, which bandwidth probing wants.
+pub const ACK_ELICITING_THRESHOLD: u32 = 10;
+/// After this long the peer is asked to acknowledge fewer: at low rates the packets of a round trip
+/// are few, and four ACKs in it need a delay of a fourth. The least that quinn-proto can ask for.
+pub const ACK_DELAY_MAX: Duration = Duration::from_millis(1);
+/// How often an engine with `failover` looks whether its XDP program is still attached, ms.
+pub const FAILOVER_CHECK_INTERVAL_MS: u64 = 500;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
 
@@ -160,11 +173,38 @@ impl std::str::FromStr for CongestionControl {
 pub enum RetryPolicy {
     /// Never.
     Never,
-    /// When more than a quarter of `incoming_max` handshakes are under way.
+    /// When more than a quarter of `incoming_max` handshakes are under way, and when this shard has far
+    /// more connections than another: the Retry sends the client there.
     #[default]
     UnderLoad,
     /// Always: costs each client one round trip.
     Always,
+}
+
+/// What a shard does that has no work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BusyPoll {
+    /// It sleeps at once.
+    Off,
+    /// It spins for `spin_us` where that has ended in work of late, and else sleeps at once.
+    #[default]
+    Adaptive,
+    /// It never sleeps: it takes a whole core, and no packet waits for a wake-up.
+    Always,
+}
+
+impl std::str::FromStr for BusyPoll {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "off" => Ok(Self::Off),
+            "adaptive" => Ok(Self::Adaptive),
+            "always" => Ok(Self::Always),
+            _ => Err(format!("`{name}` is not one of off, adaptive, always")),
+        }
+    }
 }
 
 /// A value that the engine refuses to start with.
@@ -252,7 +292,10 @@ pub struct TransportConfig {
     pub initial_window_packets: u64,
     /// Ask the peer for sparse ACKs (draft-ietf-quic-ack-frequency).
     pub ack_frequency: bool,
-    /// Time a shard spins without work before it sleeps, µs. 0 to 1000000.
+    /// Whether a shard without work spins or sleeps.
+    pub busy_poll: BusyPoll,
+    /// Time a shard spins without work before it sleeps, µs, where `busy_poll` is adaptive.
+    /// 0 to 1000000.
     pub spin_us: u64,
     /// Commands that wait in a shard's mailbox at most.
     pub mailbox_capacity: usize,
@@ -284,6 +327,14 @@ pub struct TransportConfig {
     pub require_zero_copy: bool,
     /// Allow AF_XDP in generic (SKB) mode where the driver has no native one.
     pub allow_skb_mode: bool,
+    /// Go on over the kernel's socket when an AF_XDP device fails while connections run, also where
+    /// `datapath` is `af_xdp`, and back when it is there again; otherwise they end with
+    /// [`DatapathFailed`](crate::error::ConnectionError::DatapathFailed).
+    pub failover: bool,
+    /// First wait before a failed AF_XDP device is opened again, ms; doubled with every attempt. 10 to 60000.
+    pub failover_backoff_ms_min: u64,
+    /// Longest wait, ms. `failover_backoff_ms_min` to 3600000.
+    pub failover_backoff_ms_max: u64,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
     /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
@@ -324,6 +375,7 @@ impl Default for TransportConfig {
             initial_rtt_us: 100_000,
             initial_window_packets: 10,
             ack_frequency: true,
+            busy_poll: BusyPoll::Adaptive,
             spin_us: 50,
             mailbox_capacity: 4096,
             stream_send_queue_bytes: 1 << 20,
@@ -338,6 +390,9 @@ impl Default for TransportConfig {
             tls: None,
             require_zero_copy: false,
             allow_skb_mode: false,
+            failover: true,
+            failover_backoff_ms_min: 100,
+            failover_backoff_ms_max: 5_000,
             qlog_dir: None,
             resume: None,
         }
@@ -459,8 +514,23 @@ impl TransportConfig {
         self.pool.validate()?;
         check("message_size_max", self.message_size_max as u64, 1, 16 * GIB)?;
         check("shutdown_grace_ms", self.shutdown_grace_ms, 0, 600_000)?;
+        check("failover_backoff_ms_min", self.failover_backoff_ms_min, 10, 60_000)?;
+        let (longest, min) = (self.failover_backoff_ms_max, self.failover_backoff_ms_min);
+        check("failover_backoff_ms_max", longest, min, 3_600_000)?;
         if let Some(tls) = &self.tls {
             tls.validate()?;
+        }
+        if self.cid.lifetime_s != 0
+            && (self.idle_timeout_ms == 0 || self.cid.lifetime_s * 500 <= self.idle_timeout_ms)
+        {
+            return Err(ConfigError {
+                key: "cid.lifetime_s",
+                value: self.cid.lifetime_s.to_string(),
+                allowed: format!(
+                    "0, or more than twice idle_timeout_ms ({}), which must not be 0",
+                    self.idle_timeout_ms
+                ),
+            });
         }
         if !self.cores.is_empty() && self.cores.len() != self.shards {
             return Err(ConfigError {
@@ -525,7 +595,11 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
-        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+        if upper_bound == LOOPBACK_PAYLOAD_BYTES {
+            // The route is the whole path: one probe, of the upper bound itself, tells all. (A
+            // halving of the range would be less than this change, which ends the search.)
+            discovery.minimum_change((upper_bound - initial_mtu) / 4 * 3);
+        } else if upper_bound > LINK_PAYLOAD_BYTES_MAX {
             // Only links inside a machine carry so much, and those carry all of what their route
             // says: a coarse search ends at exactly that, with a third of the probes.
             discovery.minimum_change(upper_bound / 16);
@@ -558,7 +632,9 @@ impl TransportConfig {
             })
             .ack_frequency_config(self.ack_frequency.then(|| {
                 let mut frequency = AckFrequencyConfig::default();
-                frequency.ack_eliciting_threshold(VarInt::from_u32(10));
+                frequency
+                    .ack_eliciting_threshold(VarInt::from_u32(ACK_ELICITING_THRESHOLD))
+                    .max_ack_delay(Some(ACK_DELAY_MAX));
                 frequency
             }))
             // The shard polls packet by packet; each gets a time stamp of its own.
@@ -597,6 +673,20 @@ mod tests {
         assert!(TransportConfig::from_toml("bind = '127.0.0.1:1'").is_err(), "IPv4 does not exist");
         let error = TransportConfig::from_toml("shards = 0").expect_err("range");
         assert!(error.contains("1 to 256"), "{error}");
+    }
+
+    #[test]
+    fn failover_waits_have_a_range() {
+        let config = TransportConfig { failover_backoff_ms_max: 50, ..Default::default() };
+        let error = config.validate().expect_err("below the first wait");
+        assert_eq!(
+            (error.key, error.allowed.as_str()),
+            ("failover_backoff_ms_max", "100 to 3600000")
+        );
+        let config = TransportConfig { failover_backoff_ms_min: 9, ..Default::default() };
+        assert_eq!(config.validate().expect_err("too short").key, "failover_backoff_ms_min");
+        let config = TransportConfig::from_toml("failover = false").expect("valid");
+        assert!(!config.failover && TransportConfig::default().failover);
     }
 
     #[test]

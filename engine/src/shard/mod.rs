@@ -21,6 +21,7 @@
 pub(crate) mod mailbox;
 mod overdue;
 mod pool;
+pub(crate) mod spin;
 pub(crate) mod worker;
 
 use std::collections::VecDeque;
@@ -41,6 +42,7 @@ use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
 use crate::handles::HandleApp;
 use crate::metrics::ShardMetrics;
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{AppEvent, Gate, Owner, Protocol, tx_meta};
 use mailbox::{Command, Mailbox, ShutdownOrder};
@@ -75,6 +77,7 @@ struct Ending {
 pub(crate) struct Siblings {
     pub(crate) mailboxes: Arc<[Mailbox]>,
     pub(crate) cids: Cids,
+    pub(crate) loads: Loads,
 }
 
 /// One core's share of the engine. See the [module documentation](self).
@@ -232,6 +235,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Datagrams that arrived at other shards, then commands of other threads.
     fn drain_mailbox(&mut self, now: Instant) -> bool {
         let mut worked = false;
+        // A share of its own, too: handshakes of this shard's queue cannot hold back the others'.
+        self.proto.allow_handshake_steps();
         for _ in 0..RX_BATCH_DATAGRAMS_MAX {
             if !self.proto.handshakes_may_go_on() {
                 break;
@@ -324,7 +329,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
         };
         match event {
-            Event::HandshakeDataReady => {}
+            Event::HandshakeDataReady => {
+                if owner == Owner::Handles {
+                    let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
+                    self.handles.handle_handshake_data(&mut cx, conn);
+                }
+            }
             Event::Connected => {
                 self.proto.handshake_over(conn);
                 self.proto.note_connected(conn);
@@ -570,6 +580,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
                 self.handles.handle_connect_result(&mut cx, result, reply);
             }
+            Command::Datapath(offer) => self.datapath.adopt(now, offer),
             Command::Shutdown(order) => self.begin_ending(now, order),
         }
     }
@@ -586,6 +597,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 tracing::info!(shard = self.proto.shard_index(), "link up");
             }
             DatapathEvent::AddressesChanged => self.proto.local_addresses_changed(),
+            DatapathEvent::Changed(reason) => {
+                let path = self.datapath.capabilities();
+                let (shard, datapath) = (self.proto.shard_index(), path.kind.name());
+                tracing::warn!(shard, datapath, path.mode, reason, "the datapath has changed");
+                self.metrics.set_path(path.clone());
+            }
             DatapathEvent::Failed(reason) => {
                 tracing::error!(shard = self.proto.shard_index(), reason, "datapath failed");
                 self.failed = Some(reason);

@@ -14,9 +14,8 @@ use crate::workspace::{Target, Workspace};
 
 /// The profile of everything that tests run.
 pub(crate) const PROFILE: &str = "test-fast";
-/// Features that are switched on wherever a package has them: tests that need root, and what is off
-/// by default but must work.
-const TESTED_FEATURES: [&str; 2] = ["privileged-tests", "acme"];
+/// Features under test: that which switches on tests that need root, tokio's traits, ACME.
+const TESTED_FEATURES: [&str; 3] = ["privileged-tests", "tokio", "acme"];
 /// How long compiling may take.
 pub(crate) const BUILD_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// How long one test executable may take.
@@ -59,8 +58,10 @@ pub(crate) fn common_arguments(workspace: &Workspace) -> Vec<String> {
         .packages
         .iter()
         .flat_map(|package| {
-            let has = |feature: &&str| package.features.contains_key(*feature);
-            TESTED_FEATURES.into_iter().filter(has).map(|one| format!("{}/{one}", package.name))
+            TESTED_FEATURES
+                .into_iter()
+                .filter(|feature| package.features.contains_key(*feature))
+                .map(|feature| format!("{}/{feature}", package.name))
         })
         .collect();
     if !features.is_empty() {
@@ -165,7 +166,7 @@ mod tests {
     fn workspace() -> Workspace {
         Workspace::parse(
             r#"{"workspace_root":"/w","target_directory":"/w/target","packages":[
-                {"name":"stoq","manifest_path":"/w/engine/Cargo.toml","features":{"privileged-tests":[]},"targets":[]},
+                {"name":"stoq","manifest_path":"/w/engine/Cargo.toml","features":{"privileged-tests":[],"tokio":[]},"targets":[]},
                 {"name":"xtask","manifest_path":"/w/xtask/Cargo.toml","features":{},"targets":[]}]}"#,
         )
         .unwrap()
@@ -175,7 +176,7 @@ mod tests {
     fn one_set_of_features_for_all() {
         assert_eq!(
             common_arguments(&workspace()).join(" "),
-            "--workspace --profile test-fast --features stoq/privileged-tests"
+            "--workspace --profile test-fast --features stoq/privileged-tests,stoq/tokio"
         );
     }
 
