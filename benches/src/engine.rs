@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use serde_json::json;
-use stoq::config::{CongestionControl, TransportConfig};
+use stoq::config::{CongestionControl, CryptoProviderChoice, TransportConfig};
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::{Engine, ShardStats};
 
@@ -31,6 +31,9 @@ pub struct TransportArgs {
     /// Congestion control: bbr2, bbr3, cubic or newreno.
     #[arg(long, default_value = "bbr2")]
     pub cc: CongestionControl,
+    /// Who seals packets: auto (ipsec-mb where installed), aws-lc-rs or ipsec-mb.
+    #[arg(long)]
+    pub crypto_provider: Option<CryptoProviderChoice>,
     /// Largest UDP payload, bytes; 0: what the interface carries.
     #[arg(long, default_value_t = 0)]
     pub udp_payload: u16,
@@ -79,6 +82,9 @@ impl TransportArgs {
         config.first_queue = self.first_queue;
         config.cores.clone_from(&self.cores);
         config.congestion_control = self.cc;
+        if let Some(choice) = self.crypto_provider {
+            config.crypto_provider = choice;
+        }
         if self.udp_payload != 0 {
             config.mtu_upper_bound_bytes = self.udp_payload;
         }
@@ -91,6 +97,12 @@ impl TransportArgs {
             config.qlog_dir.clone_from(&self.qlog_dir);
         }
         Ok(config)
+    }
+
+    /// Who seals packets: the flag, else the file, else `auto`.
+    pub fn packet_crypto(&self) -> anyhow::Result<CryptoProviderChoice> {
+        let anywhere = SocketAddrV6::new(std::net::Ipv6Addr::UNSPECIFIED, 0, 0, 0);
+        Ok(self.transport(anywhere)?.crypto_provider)
     }
 
     /// Ends this process with its parent, when asked to.

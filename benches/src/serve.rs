@@ -60,18 +60,20 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])
         .context("installing signal handlers")?;
     let readers = args.www.as_deref().map(FileReaders::start).transpose()?;
+    let config = args.transport.transport(args.listen)?;
     let server = tls::server(&tls::ServerOptions {
         listen: args.listen,
         names: &args.names,
         alpn: &args.alpn,
         cert: args.cert.as_deref(),
         key: args.key.as_deref(),
+        packet_crypto: config.crypto_provider,
         cert_out: args.cert_out.as_deref(),
     })?;
     // Renews the certificate for as long as we serve.
     let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
     let engine = Engine::builder()
-        .config(args.transport.transport(args.listen)?)
+        .config(config)
         .server(server.crypto())
         .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
         .start()?;

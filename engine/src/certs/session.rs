@@ -21,6 +21,7 @@ use super::error::CertsError;
 use super::fault::{CertificateFault, FaultCounters};
 use super::names::CertificateSummary;
 use super::provider;
+use crate::proto::crypto::CryptoProvider as PacketCrypto;
 
 /// Counts the changes of a connection's packet protection keys (RFC 9001 §6). Clones count together.
 #[derive(Debug, Clone, Default)]
@@ -52,6 +53,9 @@ pub struct HandshakeInfo {
     pub server_name: Option<String>,
     /// Key exchange group; [`NamedGroup::X25519MLKEM768`] is post-quantum.
     pub group: Option<NamedGroup>,
+    /// Who seals and opens packets of the AES suites; unknown with cipher suites of the
+    /// application's own.
+    pub packet_crypto: Option<PacketCrypto>,
     pub(crate) key_updates: KeyUpdates,
 }
 
@@ -67,6 +71,7 @@ impl HandshakeInfo {
                 alpn: data.protocol,
                 server_name: data.server_name,
                 group: None,
+                packet_crypto: None,
                 key_updates: KeyUpdates::default(),
             }),
         }
@@ -121,6 +126,7 @@ pub(super) struct SessionContext {
     pub(super) faults: Arc<FaultCounters>,
     /// The groups on offer here, for the error text.
     pub(super) groups: &'static str,
+    pub(super) packet_crypto: Option<PacketCrypto>,
 }
 
 /// Server configuration whose sessions report group and faults.
@@ -224,6 +230,7 @@ impl Session for ObservedSession {
             alpn: data.protocol,
             server_name: data.server_name,
             group: self.group,
+            packet_crypto: self.context.packet_crypto,
             key_updates: self.key_updates.clone(),
         }))
     }

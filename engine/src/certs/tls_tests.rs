@@ -86,7 +86,7 @@ fn showing(mut server: ServerTls, chain: Vec<CertificateDer<'static>>, key: &Key
         Arc::new(QuicServerConfig::with_initial(server.config.clone(), initial_suite()).unwrap());
     server.crypto = server_crypto(ObservedServerConfig {
         inner: server.quic.clone(),
-        context: Common::default().context(&server.faults),
+        context: Common::default().context(&server.faults, None),
     });
     server
 }
@@ -368,7 +368,7 @@ fn classical(mut client: ClientTls) -> ClientTls {
         Arc::new(QuicClientConfig::with_initial(client.config.clone(), initial_suite()).unwrap());
     client.crypto = client_crypto(ObservedClientConfig {
         inner: client.quic.clone(),
-        context: Common::default().context(&client.faults),
+        context: Common::default().context(&client.faults, None),
     });
     client
 }

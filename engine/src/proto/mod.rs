@@ -9,6 +9,7 @@ pub mod bbr;
 pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
+pub mod crypto;
 pub(crate) mod pacing;
 mod pooling;
 mod qlog;
