@@ -9,6 +9,7 @@ use serde_json::json;
 use stoq::config::{CongestionControl, CryptoProviderChoice, TransportConfig};
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::{Engine, ShardStats};
+use stoq::metrics::TransportStats;
 
 /// Flags of the transport.
 #[derive(Args, Clone, Debug)]
@@ -141,6 +142,17 @@ pub fn stats_json(stats: &[ShardStats]) -> serde_json::Value {
         }
     }
     sum.into()
+}
+
+/// Turn times of the shard whose 99.9th percentile is the longest, µs.
+pub fn turns_json(stats: &TransportStats) -> serde_json::Value {
+    let worst = stats.shards.iter().map(|shard| shard.turns).max_by_key(|turns| turns.p999);
+    let turns = worst.unwrap_or_default();
+    let us = |time: std::time::Duration| time.as_micros() as u64;
+    json!({
+        "turns": turns.samples, "p50": us(turns.p50), "p99": us(turns.p99),
+        "p999": us(turns.p999), "max": us(turns.max),
+    })
 }
 
 /// Share of the time since `before` that each shard was busy, 0 to 1.

@@ -11,6 +11,7 @@ mod hq;
 mod output;
 mod perf;
 mod serve;
+mod sim;
 mod tls;
 
 use clap::{Parser, Subcommand};
@@ -33,19 +34,23 @@ enum Command {
     Get(get::Args),
     /// Measure.
     Perf(perf::Args),
+    /// Run a scenario file in virtual time.
+    Sim(sim::Args),
 }
 
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     output::init_logging();
+    let done = |()| std::process::ExitCode::SUCCESS;
     let result = match cli.command {
-        Command::Doctor(args) => doctor::run(&args),
-        Command::Serve(args) => serve::run(&args),
-        Command::Get(args) => get::run(&args),
-        Command::Perf(args) => perf::run(args),
+        Command::Doctor(args) => doctor::run(&args).map(done),
+        Command::Serve(args) => serve::run(&args).map(done),
+        Command::Get(args) => get::run(&args).map(done),
+        Command::Perf(args) => perf::run(args).map(done),
+        Command::Sim(args) => sim::run(&args),
     };
     match result {
-        Ok(()) => std::process::ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("stoq: {error:#}");
             std::process::ExitCode::FAILURE

@@ -10,14 +10,16 @@ use anyhow::Context;
 use bytes::Bytes;
 use clap::Args as ClapArgs;
 use serde_json::json;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use stoq::app::{ConnId, ShardApp, ShardCx};
+use stoq::config::TransportConfig;
 use stoq::engine::Engine;
 use stoq::error::ConnectionError;
 use stoq::{Dir, StreamId, VarInt};
+use stoq_measure::cpu::rss_bytes;
 use stoq_measure::wire::DatagramSink;
 
-use crate::engine::{TransportArgs, datapath_words, stats_json, xdp_json};
+use crate::engine::{TransportArgs, datapath_words, stats_json, turns_json, xdp_json};
 use crate::hq::{FileChunk, FileReaders, HqStream};
 use crate::output;
 use crate::perf::server::PerfStream;
@@ -50,17 +52,33 @@ pub struct Args {
     /// Names for the self-made certificate; the listen address is always in it.
     #[arg(long, value_delimiter = ',')]
     names: Vec<String>,
+    /// Silence after which a connection is given up, ms; 0: never.
+    #[arg(long)]
+    idle_timeout_ms: Option<u64>,
+    /// Connections that each shard holds at most; further ones are refused.
+    #[arg(long)]
+    connections_max: Option<usize>,
     #[command(flatten)]
     transport: TransportArgs,
 }
 
-/// Serves until SIGINT or SIGTERM.
+impl Args {
+    fn transport(&self) -> anyhow::Result<TransportConfig> {
+        let mut config = self.transport.transport(self.listen)?;
+        config.idle_timeout_ms = self.idle_timeout_ms.unwrap_or(config.idle_timeout_ms);
+        config.connections_per_shard_max =
+            self.connections_max.unwrap_or(config.connections_per_shard_max);
+        Ok(config)
+    }
+}
+
+/// Serves until SIGINT or SIGTERM; SIGUSR1 prints statistics.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     args.transport.tie_to_parent()?;
-    let signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])
+    let signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1])
         .context("installing signal handlers")?;
     let readers = args.www.as_deref().map(FileReaders::start).transpose()?;
-    let config = args.transport.transport(args.listen)?;
+    let config = args.transport()?;
     let server = tls::server(&tls::ServerOptions {
         listen: args.listen,
         names: &args.names,
@@ -78,7 +96,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
         .start()?;
     announce(args, &engine)?;
-    wait_for_end(signals, &engine)?;
+    wait_for_end(args, signals, &engine)?;
     let xdp = xdp_json(&engine)?;
     let stats = engine.stats();
     let report = engine.shutdown_blocking(SHUTDOWN_GRACE, VarInt::from_u32(0), b"server stops");
@@ -115,16 +133,40 @@ fn announce(args: &Args, engine: &Engine) -> anyhow::Result<()> {
 
 /// Returns at a signal, or with an error when every shard has ended by itself.
 fn wait_for_end(
+    args: &Args,
     mut signals: signal_hook::iterator::Signals,
     engine: &Engine,
 ) -> anyhow::Result<()> {
     loop {
-        if signals.pending().next().is_some() {
-            return Ok(());
+        for signal in signals.pending() {
+            if signal != SIGUSR1 {
+                return Ok(());
+            }
+            print_stats(args, engine)?;
         }
         anyhow::ensure!(engine.is_running(), "the engine ended by itself; see the log above");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+fn print_stats(args: &Args, engine: &Engine) -> anyhow::Result<()> {
+    let (transport, rss_bytes) = (engine.transport_stats(), rss_bytes(None)?);
+    let turns = turns_json(&transport);
+    if args.transport.json {
+        return output::json_line(&json!({
+            "event": "stats", "connections": transport.connections_active,
+            "rss_bytes": rss_bytes, "turn_us": turns, "stats": stats_json(&engine.stats()),
+        }));
+    }
+    eprintln!(
+        "{} connections, {} resident, turns: p50 {} µs, p99 {} µs, p99.9 {} µs",
+        transport.connections_active,
+        output::size(rss_bytes),
+        turns["p50"],
+        turns["p99"],
+        turns["p999"],
+    );
+    Ok(())
 }
 
 enum Stream {

@@ -12,10 +12,13 @@
 //!             │ cargo xtask ebpf build
 //!             ▼
 //!   objects/stoq_xdp.bpf.o ── XDP_OBJECT ──▶ the engine loads it with aya
+//!
+//!   stoq_reuseport (connection ID → shard's socket) goes the same way: `steer` decides in the
+//!   program and in the shards' hand-off.
 //! ```
 //!
 //! Invariants:
-//! * `decode`, `judge` and `maps` have no `unsafe`, no allocation and no panic
+//! * `decode`, `judge`, `steer` and `maps` have no `unsafe`, no allocation and no panic
 //!   path, so that they compile to eBPF as they are. `unsafe` in this crate
 //!   would have to live in `programs/`, where the kernel's pointers are.
 //! * `objects/SOURCES.sha256` names the sources that the committed object was
@@ -34,6 +37,8 @@ pub mod steer;
 
 pub use decode::{Address, Decoded, Packet, UdpDatagram, decode};
 pub use judge::{Tables, Verdict, judge};
-pub use maps::{Counter, PORT_KEY_BYTES, PORTS_MAX, PortKey, PortValue, QUEUES_MAX};
+pub use maps::{
+    Counter, PORT_KEY_BYTES, PORTS_MAX, PortKey, PortValue, QUEUES_MAX, SHARDS_MAX, SteerCounter,
+};
 #[cfg(feature = "objects")]
-pub use objects::{SOURCES_SHA256, XDP_OBJECT};
+pub use objects::{REUSEPORT_OBJECT, SOURCES_SHA256, XDP_OBJECT};

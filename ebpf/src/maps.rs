@@ -1,10 +1,13 @@
-//! The maps between the XDP program and userspace: names, sizes, layouts.
+//! The maps between the eBPF programs and userspace: names, sizes, layouts.
 //!
 //! | map | type | key | value |
 //! |---|---|---|---|
 //! | [`PORTS_MAP`] | hash | [`PortKey`] | [`PortValue`] |
 //! | [`SOCKETS_MAP`] | XSKMAP | receive queue index, `u32` | AF_XDP socket |
 //! | [`COUNTERS_MAP`] | per-CPU array | [`Counter`] as `u32` | `u64`, monotonic |
+//! | [`STEER_MAP`] | array of one | 0 | [`SteerTable`](crate::steer::SteerTable) |
+//! | [`SHARDS_MAP`] | reuseport socket array | shard, `u32` | UDP socket |
+//! | [`STEER_COUNTERS_MAP`] | per-CPU array | [`SteerCounter`] as `u32` | `u64`, monotonic |
 //!
 //! Integers are in host byte order unless said; the layouts have no padding,
 //! since the kernel hashes keys bytewise.
@@ -19,6 +22,17 @@ pub const PORTS_MAP: &str = "STOQ_PORTS";
 pub const SOCKETS_MAP: &str = "STOQ_XSKS";
 /// Name of the counters' map.
 pub const COUNTERS_MAP: &str = "STOQ_COUNTERS";
+
+/// Name of the `SO_REUSEPORT` program in its object, and its function's name.
+pub const REUSEPORT_PROGRAM: &str = "stoq_reuseport";
+/// Name of the map with what decides about connection IDs.
+pub const STEER_MAP: &str = "STOQ_STEER";
+/// Name of the map of the shards' UDP sockets.
+pub const SHARDS_MAP: &str = "STOQ_SHARDS";
+/// Name of the map of the `SO_REUSEPORT` program's counters.
+pub const STEER_COUNTERS_MAP: &str = "STOQ_STEERED";
+/// Shards that can have a socket; shard numbers are below this.
+pub const SHARDS_MAX: usize = 256;
 
 /// Ports (with their addresses) that can be registered at a time.
 pub const PORTS_MAX: usize = 1024;
@@ -72,16 +86,16 @@ const _: () = assert!(size_of::<PortKey>() == PORT_KEY_BYTES && align_of::<PortK
 pub type PortValue = u32;
 
 macro_rules! counters {
-    ($($(#[$doc:meta])+ $variant:ident = $name:literal,)+) => {
+    ($counter:ident: $($(#[$doc:meta])+ $variant:ident = $name:literal,)+) => {
         /// Index into the counters' map. Names are stable: they are the keys in
         /// `--json` outputs and the metric names of exporters. New counters are
         /// added at the end.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
         #[non_exhaustive]
-        pub enum Counter { $($(#[$doc])+ $variant,)+ }
+        pub enum $counter { $($(#[$doc])+ $variant,)+ }
 
-        impl Counter {
+        impl $counter {
             /// Every counter, in the order of the indices.
             pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
 
@@ -90,11 +104,22 @@ macro_rules! counters {
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name,)+ }
             }
+
+            /// Number of counters: the size of the map.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// Index into the map.
+            #[inline(always)]
+            #[must_use]
+            pub const fn index(self) -> u32 {
+                self as u32
+            }
         }
     };
 }
 
 counters! {
+    Counter:
     /// Packets handed to an AF_XDP socket. (Its full ring may still lose them:
     /// the socket's own statistics say so.)
     RedirectedPackets = "redirected_packets",
@@ -126,16 +151,18 @@ counters! {
     PassNoSocket = "pass_no_socket",
 }
 
-impl Counter {
-    /// Number of counters: the size of the map.
-    pub const COUNT: usize = Self::ALL.len();
-
-    /// Index into the map.
-    #[inline(always)]
-    #[must_use]
-    pub const fn index(self) -> u32 {
-        self as u32
-    }
+counters! {
+    SteerCounter:
+    /// Given to the shard that the connection ID names.
+    SteeredById = "steered_by_id",
+    /// Given to a shard by the hash of a client's own connection ID.
+    SteeredByHash = "steered_by_hash",
+    /// Left to the kernel's choice: a short header with an ID that we never gave out.
+    PassForeign = "pass_foreign",
+    /// Left to the kernel's choice: too short for a QUIC packet.
+    PassTruncated = "pass_truncated",
+    /// Left to the kernel's choice: the shard has no socket.
+    PassNoSocket = "pass_no_socket",
 }
 
 #[cfg(test)]
@@ -144,6 +171,11 @@ mod tests {
 
     #[test]
     fn counters_are_dense_and_named_once() {
+        for (index, counter) in SteerCounter::ALL.iter().enumerate() {
+            assert_eq!(counter.index() as usize, index);
+            let name = counter.name();
+            assert_eq!(SteerCounter::ALL.iter().filter(|other| other.name() == name).count(), 1);
+        }
         for (index, counter) in Counter::ALL.iter().enumerate() {
             assert_eq!(counter.index() as usize, index);
             let name = counter.name();

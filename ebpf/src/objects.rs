@@ -11,6 +11,13 @@ static XDP_OBJECT_ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!("../objects
 /// ≥ 5.18.
 pub const XDP_OBJECT: &[u8] = &XDP_OBJECT_ALIGNED.0;
 
-/// SHA-256 over the sources that [`XDP_OBJECT`] was built from, in lower-case
+static REUSEPORT_OBJECT_ALIGNED: &Aligned<[u8]> =
+    &Aligned(*include_bytes!("../objects/stoq_reuseport.bpf.o"));
+
+/// The ELF object with the program [`stoq_reuseport`](crate::maps::REUSEPORT_PROGRAM) in section
+/// `sk_reuseport` and its BTF-defined maps; 8-byte aligned. Needs Linux ≥ 4.19.
+pub const REUSEPORT_OBJECT: &[u8] = &REUSEPORT_OBJECT_ALIGNED.0;
+
+/// SHA-256 over the sources that the objects were built from, in lower-case
 /// hexadecimal with a newline at the end.
 pub const SOURCES_SHA256: &str = include_str!("../objects/SOURCES.sha256");

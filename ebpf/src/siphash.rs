@@ -26,6 +26,10 @@ impl SipKey {
         let secret = u128::from_le_bytes(*secret);
         Self { k0: secret as u64, k1: (secret >> 64) as u64 }
     }
+
+    pub(crate) const fn words(&self) -> [u64; 2] {
+        [self.k0, self.k1]
+    }
 }
 
 impl core::fmt::Debug for SipKey {

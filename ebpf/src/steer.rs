@@ -63,6 +63,31 @@ impl SteerConfiguration {
 pub const STEER_TABLE_BYTES: usize = size_of::<SteerTable>();
 const _: () = assert!(STEER_TABLE_BYTES == 24 + 24 * ROTATIONS);
 
+impl SteerTable {
+    /// The table as the program's map holds it.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; STEER_TABLE_BYTES] {
+        let mut bytes = [0; STEER_TABLE_BYTES];
+        let mut words = bytes.chunks_exact_mut(8);
+        let mut put = |word: [u8; 8]| {
+            words.next().expect("the table has this many words").copy_from_slice(&word);
+        };
+        let [k0, k1] = self.hash_key.words();
+        put(k0.to_ne_bytes());
+        put(k1.to_ne_bytes());
+        let [a, b, c, d] = self.cid_len_bytes.to_ne_bytes();
+        let [e, f, g, h] = self.shards.to_ne_bytes();
+        put([a, b, c, d, e, f, g, h]);
+        for configuration in &self.configurations {
+            let [k0, k1] = configuration.key.words();
+            put(k0.to_ne_bytes());
+            put(k1.to_ne_bytes());
+            put(configuration.is_alive.to_ne_bytes());
+        }
+        bytes
+    }
+}
+
 /// Why a packet belongs where it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Steered {
@@ -271,6 +296,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_map_holds_every_field_at_its_offset() {
+        let bytes = table(7, 12).to_bytes();
+        assert_eq!(bytes[..16], [9; 16]);
+        assert_eq!(bytes[16..20], 12_u32.to_ne_bytes());
+        assert_eq!(bytes[20..24], 7_u32.to_ne_bytes());
+        let third = core::mem::offset_of!(SteerTable, configurations) + 2 * 24;
+        assert_eq!(bytes[third..third + 16], [7; 16]);
+        assert_eq!(bytes[third + 16..third + 24], 1_u64.to_ne_bytes());
+        assert_eq!(core::mem::offset_of!(SteerTable, shards), 20);
+        assert!(bytes[third + 24..].iter().all(|byte| *byte == 0));
     }
 
     #[test]

@@ -243,7 +243,9 @@ impl ShardCx<'_> {
 
     /// Takes the next stream that the peer opened.
     pub fn accept_stream(&mut self, conn: ConnId, dir: Dir) -> Option<StreamId> {
-        self.proto.touch(conn)?.streams().accept(dir)
+        let stream = self.proto.touch(conn)?.streams().accept(dir)?;
+        self.proto.note_stream_accepted(self.now, conn, dir, stream.index());
+        Some(stream)
     }
 
     /// Writes chunks by reference; taken chunks are left empty, a partly taken one is advanced.

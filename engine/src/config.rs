@@ -20,8 +20,9 @@ use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
-use crate::proto::bbr::{BbrConfig, Params};
+use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
+use crate::proto::credit::streams_allowed_initial;
 
 #[cfg(test)]
 pub(crate) use cid::unhex;
@@ -39,18 +40,28 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
+pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
 pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
 /// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
 pub const RX_SLAB_BYTES: usize = 120 * 1024;
-/// Resident bytes of a connection without buffered data and stream tables (measured, both ends: 52 kB).
-pub const IDLE_CONNECTION_BYTES_MAX: u64 = 64 << 10;
+/// Resident bytes of a connection without buffered data and stream tables (measured: 26 kB).
+pub const IDLE_CONNECTION_BYTES_MAX: u64 = 34 << 10;
+/// Streams of each kind that a new connection's peer may open; more as it uses them, up to
+/// `max_concurrent_streams`, because quinn-proto keeps table entries for all that it allows.
+pub const STREAMS_ALLOWED_INITIAL: u64 = 32;
 /// Received datagrams that wait for the application, bytes per connection, where any are taken.
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Timers that one turn expires at most.
-pub const TIMERS_PER_TURN_MAX: usize = 1024;
+/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
+/// commands of either kind; whatever arrived behind them waits for the next turn.
+pub const HANDSHAKE_STEPS_MAX: usize = 3;
+/// Connections that a shutdown closes in one turn at most.
+pub const CLOSES_PER_TURN_MAX: usize = 128;
+/// Entries of the timer wheel that one turn expires or moves at most.
+pub const TIMERS_PER_TURN_MAX: usize = 128;
 /// Packets that one connection sends before the next connection has its turn.
 pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
 /// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
@@ -59,14 +70,23 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
+/// 300 000 tokens in one lifetime are told apart but for one in 1000.
+pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
 /// Largest number of shards of one engine: a connection ID carries the shard in one byte.
 pub const SHARDS_MAX: usize = 256;
 /// Connection attempts that one turn starts for a shard's pool at most.
-pub const POOL_CONNECTS_PER_TURN_MAX: usize = 64;
+pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
+
+/// Longest age that `connection_age_ms_max` takes, ms.
+const YEAR_MS: u64 = 365 * 24 * 60 * 60 * 1000;
+/// Application error code of a connection that reached `connection_age_ms_max`; its reason is
+/// `connection age limit reached`. The peer connects again.
+pub const CONNECTION_AGE_CODE: VarInt = VarInt::from_u32(0x61_67_65);
 
 /// Which algorithm decides how much may be in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -100,10 +120,12 @@ impl CongestionControl {
         self,
         initial_window_bytes: u64,
         seed: u64,
+        resume: Option<ResumeSeed>,
     ) -> Arc<dyn ControllerFactory + Send + Sync> {
         let bbr = |params| {
             let mut config = BbrConfig::new(params, seed);
             config.initial_window_bytes = Some(initial_window_bytes);
+            config.resume = resume;
             Arc::new(config)
         };
         match self {
@@ -202,6 +224,11 @@ pub struct TransportConfig {
     pub idle_timeout_ms: u64,
     /// A handshake that takes longer fails, ms. 1 to 600000.
     pub handshake_timeout_ms: u64,
+    /// Age at which a connection is closed with [`CONNECTION_AGE_CODE`], ms; 0: never. It bounds for how
+    /// long a certificate revoked or expired meanwhile is still good for a connection made before. Each
+    /// connection ends within the last tenth of the time, so that they do not end together. 0 or 1000
+    /// to 31 536 000 000 (a year).
+    pub connection_age_ms_max: u64,
     /// Interval of keep-alive packets, ms; 0: none.
     pub keep_alive_interval_ms: u64,
     /// Connections that one shard holds at most.
@@ -210,6 +237,11 @@ pub struct TransportConfig {
     pub incoming_max: usize,
     /// When a server asks for a Retry.
     pub retry: RetryPolicy,
+    /// Address tokens that a client gets for its next connections (NEW_TOKEN, RFC 9000 §8.1.3); each
+    /// is good once, on any shard. 0 to 16.
+    pub new_tokens: u32,
+    /// How long such a token is good, s. 1 to 1209600.
+    pub new_token_lifetime_s: u64,
     /// Accept data before the handshake ends; replayable, therefore off by default (RFC 9001 §9.2).
     pub zero_rtt: bool,
     /// First assumption about the path, UDP payload bytes. 1200 to 16383.
@@ -260,6 +292,10 @@ pub struct TransportConfig {
     pub allow_skb_mode: bool,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
+    /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
+    /// not read from files: it holds for one path.
+    #[serde(skip)]
+    pub resume: Option<ResumeSeed>,
 }
 
 impl Default for TransportConfig {
@@ -281,10 +317,13 @@ impl Default for TransportConfig {
             datagram_send_buffer_size: 1 << 20,
             idle_timeout_ms: 30_000,
             handshake_timeout_ms: 10_000,
+            connection_age_ms_max: 0,
             keep_alive_interval_ms: 0,
             connections_per_shard_max: 1 << 17,
             incoming_max: 4096,
             retry: RetryPolicy::UnderLoad,
+            new_tokens: 2,
+            new_token_lifetime_s: 86_400,
             zero_rtt: false,
             initial_mtu_bytes: UDP_PAYLOAD_BYTES_MIN,
             mtu_upper_bound_bytes: 0,
@@ -307,6 +346,7 @@ impl Default for TransportConfig {
             require_zero_copy: false,
             allow_skb_mode: false,
             qlog_dir: None,
+            resume: None,
         }
     }
 }
@@ -347,13 +387,16 @@ impl TransportConfig {
         Ok(config)
     }
 
-    /// Resident bytes that a connection without buffered data takes at most, on either side.
-    ///
-    /// quinn-proto keeps a table entry for every stream that the peer may open, used or not: with
-    /// `max_concurrent_streams` at 1000 these are 137 kB, most of an idle connection.
+    /// Resident bytes that a connection without buffered data takes at most, on either side, whose
+    /// peer never had more than [`STREAMS_ALLOWED_INITIAL`] / 2 streams of a kind open.
     #[must_use]
     pub const fn idle_connection_bytes_max(&self) -> u64 {
-        let streams = self.max_concurrent_streams;
+        self.connection_bytes_with(streams_allowed_initial(self.max_concurrent_streams))
+    }
+
+    /// quinn-proto keeps a table entry for every stream that the peer may open, used or not: for
+    /// 1000 these are 137 kB, most of an idle connection.
+    const fn connection_bytes_with(&self, streams: u64) -> u64 {
         // Receiving: both kinds; sending: bidirectional ones.
         let receiving = table_slots(2 * streams).saturating_mul(25);
         let sending = table_slots(streams).saturating_mul(17);
@@ -376,7 +419,7 @@ impl TransportConfig {
         };
         let datagrams = datagrams_received + self.datagram_send_buffer_size as u64;
         let buffered = received + self.send_buffer_size + datagrams;
-        self.idle_connection_bytes_max().saturating_add(buffered)
+        self.connection_bytes_with(self.max_concurrent_streams).saturating_add(buffered)
     }
 
     /// Checks every limit.
@@ -395,9 +438,14 @@ impl TransportConfig {
         check("datagram_send_buffer_size", self.datagram_send_buffer_size as u64, 0, GIB)?;
         check("idle_timeout_ms", self.idle_timeout_ms, 0, (1 << 62) - 1)?;
         check("handshake_timeout_ms", self.handshake_timeout_ms, 1, 600_000)?;
+        if self.connection_age_ms_max != 0 {
+            check("connection_age_ms_max", self.connection_age_ms_max, 1_000, YEAR_MS)?;
+        }
         check("keep_alive_interval_ms", self.keep_alive_interval_ms, 0, 86_400_000)?;
         check("connections_per_shard_max", self.connections_per_shard_max, 1, 1 << 24)?;
         check("incoming_max", self.incoming_max, 1, 1 << 20)?;
+        check("new_tokens", self.new_tokens, 0, 16)?;
+        check("new_token_lifetime_s", self.new_token_lifetime_s, 1, 1_209_600)?;
         check(
             "initial_mtu_bytes",
             self.initial_mtu_bytes,
@@ -449,6 +497,19 @@ impl TransportConfig {
         Ok(())
     }
 
+    /// How old the connection with this serial number may become: the configured age less up to a
+    /// tenth, spread evenly over successive serial numbers.
+    pub(crate) fn connection_age_max(&self, serial: u32) -> Option<Duration> {
+        // 2^32 divided by the golden ratio: successive multiples, modulo 2^32, lie far apart.
+        const SPREAD: u32 = 0x9e37_79b9;
+        if self.connection_age_ms_max == 0 {
+            return None;
+        }
+        let age = Duration::from_millis(self.connection_age_ms_max);
+        let share = f64::from(serial.wrapping_mul(SPREAD)) / f64::from(u32::MAX);
+        Some(age - (age / 10).mul_f64(share))
+    }
+
     /// Bytes that may wait in all stream handles of one connection: four full streams, at most a
     /// quarter of `receive_buffer_size`, of which it is a part.
     pub(crate) fn handle_receive_queue_bytes(&self) -> u64 {
@@ -471,10 +532,16 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
+        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+            // Only links inside a machine carry so much, and those carry all of what their route
+            // says: a coarse search ends at exactly that, with a third of the probes.
+            discovery.minimum_change(upper_bound / 16);
+        }
         let mut quic = quinn_proto::TransportConfig::default();
+        let streams_allowed = varint(streams_allowed_initial(self.max_concurrent_streams));
         let initial_window = self.initial_window_packets * u64::from(initial_mtu);
-        quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
-            .max_concurrent_uni_streams(varint(self.max_concurrent_streams))
+        quic.max_concurrent_bidi_streams(streams_allowed)
+            .max_concurrent_uni_streams(streams_allowed)
             .send_window(self.send_buffer_size)
             // The queues of the stream handles are part of what was promised.
             .receive_window(varint(self.receive_buffer_size - self.handle_receive_queue_bytes()))
@@ -504,7 +571,7 @@ impl TransportConfig {
             // The shard polls packet by packet; each gets a time stamp of its own.
             .enable_segmentation_offload(false)
             .congestion_controller_factory(Arc::new(GatedFactory {
-                inner: self.congestion_control.factory(initial_window, seed),
+                inner: self.congestion_control.factory(initial_window, seed, self.resume),
                 metrics,
             }));
         quic

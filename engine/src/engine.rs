@@ -21,6 +21,7 @@ use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::connection::Connection;
 use crate::datapath::open::{self, Opened};
+use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
 use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp, PoolCommand};
@@ -33,6 +34,7 @@ use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings, worker};
+use crate::sys::numa::PreferredNode;
 
 type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
 
@@ -159,6 +161,14 @@ impl Builder {
         self
     }
 
+    /// Where address tokens of servers are kept for the next connections to them, in place of 256
+    /// servers' latest in memory: a store may outlive the process.
+    #[must_use]
+    pub fn token_store(mut self, store: Arc<dyn quinn_proto::TokenStore>) -> Self {
+        self.identity.tokens.store = store;
+        self
+    }
+
     /// Opens the datapath and starts the shards.
     ///
     /// # Errors
@@ -182,8 +192,14 @@ impl Builder {
                 source,
             })?;
         }
+        let interface = open::interface_name(&config);
+        let placement = placement::place(&config, interface.as_deref())?;
         let cids = Cids::new(CidTable::new(&config.cid, config.shards));
-        let opened = open::open(&config)?;
+        let opened = {
+            // Packet memory and rings are made here; what a pinned shard allocates lies on its node.
+            let _near_the_card = placement.node.map(prefer_node);
+            open::open_steered(&config, Some(cids.table().steer_table()))?
+        };
         let mailboxes: Arc<[Mailbox]> = (0..config.shards)
             .map(|_| Mailbox::new(config.mailbox_capacity))
             .collect::<std::io::Result<_>>()
@@ -191,7 +207,7 @@ impl Builder {
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
             siblings: Siblings { mailboxes, cids },
-            cores: placement::cores(&config)?,
+            cores: placement.cores,
             config: Arc::new(config),
             identity,
             app,
@@ -201,6 +217,16 @@ impl Builder {
         };
         starter.start(opened)
     }
+}
+
+/// Takes this thread's new memory from a node while the answer lives; goes without where the
+/// system refuses, which costs speed only.
+fn prefer_node(node: usize) -> Option<PreferredNode> {
+    PreferredNode::set(node)
+        .inspect_err(|error| {
+            tracing::warn!(node, %error, "set_mempolicy: packet memory may lie on another node");
+        })
+        .ok()
 }
 
 struct Starter {
@@ -221,6 +247,7 @@ impl Starter {
         let metrics_address = self.config.metrics_address;
         let reasons = opened.reasons.clone();
         let xdp = opened.xdp.clone();
+        let steering = opened.steering.clone();
         let result = match opened.datapaths {
             open::Datapaths::AfXdp(paths) => self.spawn_all(paths),
             open::Datapaths::IoUring(paths) => self.spawn_all(paths),
@@ -235,6 +262,7 @@ impl Starter {
             local,
             reasons,
             xdp,
+            steering,
             rates: Mutex::default(),
             cids: self.siblings.cids,
             exporter: None,
@@ -342,6 +370,7 @@ pub struct Engine {
     local: SocketAddrV6,
     reasons: Vec<String>,
     xdp: Option<open::XdpHandle>,
+    steering: Option<SteeringHandle>,
     rates: Mutex<RateWindow>,
     cids: Cids,
     exporter: Option<MetricsServer>,
@@ -545,7 +574,8 @@ impl Engine {
     /// The statistics as Prometheus text, as `metrics_address` serves them.
     #[must_use]
     pub fn prometheus(&self) -> String {
-        prometheus::render(self.metrics.iter().map(Arc::as_ref).zip(self.capabilities.iter()))
+        let shards = self.metrics.iter().map(Arc::as_ref).zip(self.capabilities.iter());
+        prometheus::render(shards, &SteeringHandle::published(self.steering.as_ref()))
     }
 
     /// Where metrics are served, when `metrics_address` asked for it.
@@ -557,8 +587,11 @@ impl Engine {
     fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
         let Some(address) = address else { return Ok(self) };
         let (metrics, capabilities) = (self.metrics.clone(), self.capabilities.clone());
-        let render =
-            move || prometheus::render(metrics.iter().map(Arc::as_ref).zip(capabilities.iter()));
+        let steering = self.steering.clone();
+        let render = move || {
+            let shards = metrics.iter().map(Arc::as_ref).zip(capabilities.iter());
+            prometheus::render(shards, &SteeringHandle::published(steering.as_ref()))
+        };
         let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {
             StartError::System { what: "listener for metrics (`metrics_address`)", source }
         })?;
@@ -575,7 +608,16 @@ impl Engine {
     /// # Errors
     /// A value is out of range, the length is another, or the rotation bits are in use.
     pub fn rotate_cids(&self, config: &CidConfig) -> Result<(), ConfigError> {
-        self.cids.rotate(config, |_| ())?;
+        let publish = |table: &_| {
+            let set = self.steering.as_ref().map(|kernel| kernel.set_table(table));
+            if let Some(Err(error)) = set {
+                tracing::warn!(
+                    error,
+                    "the kernel steers by the old configuration: hand-off instead"
+                );
+            }
+        };
+        self.cids.rotate(config, publish)?;
         tracing::info!(rotation = config.rotation, "connection IDs have a new configuration");
         Ok(())
     }
@@ -586,6 +628,15 @@ impl Engine {
     /// When the kernel does not answer.
     pub fn xdp_counters(&self) -> Option<Result<Vec<(&'static str, u64)>, String>> {
         self.xdp.as_ref().map(open::XdpHandle::counters)
+    }
+
+    /// What the kernel's steering to shards has done, by name, where its program runs: with more
+    /// than one shard on sockets. [`datapath_reasons`](Self::datapath_reasons) says why it does not.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn steering_counters(&self) -> Option<Result<Vec<(&'static str, u64)>, String>> {
+        self.steering.as_ref().map(SteeringHandle::counters)
     }
 
     /// Stops accepting, lets streams go on for `grace`, closes what is left with `code` and

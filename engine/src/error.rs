@@ -42,6 +42,12 @@ pub enum ConnectionError {
         /// The limit that was exceeded, ms.
         timeout_ms: u64,
     },
+    /// The connection reached `connection_age_ms_max` and was closed; connect again.
+    #[error("closed at the age limit of {age_ms_max} ms (`connection_age_ms_max`); connect again")]
+    AgeLimitReached {
+        /// The limit, ms.
+        age_ms_max: u64,
+    },
     /// The server refused the early data of this stream; the connection itself stands.
     #[error("the server refused early data; send it again on a new stream")]
     EarlyDataRejected,

@@ -98,6 +98,8 @@ counters! {
     connects,
     /// Handshakes that exceeded their deadline.
     handshakes_timed_out,
+    /// Connections closed at their age limit.
+    connections_aged_out,
     /// Connections that ended.
     closed,
     /// Packets that quinn-proto did not recognise: malformed headers, unknown connections.
@@ -211,6 +213,8 @@ pub(crate) struct ShardMetrics {
     pub(crate) rtt_ns: Histogram,
     /// How long the oldest command waited each time that the mailbox was emptied, ns.
     pub(crate) mailbox_wait_ns: Histogram,
+    /// How long each turn took that found work, ns: from the turn's own two clock reads.
+    pub(crate) turn_ns: Histogram,
     /// Datagrams received per turn that received any.
     pub(crate) rx_batch: Histogram,
     /// Packets sent per turn that sent any.

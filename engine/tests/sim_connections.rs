@@ -7,9 +7,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sim::{Pair, PairConfig, Plan, Send, pattern};
-use stoq::config::{CongestionControl, RetryPolicy, TransportConfig};
-use stoq::datapath::sim::{Direction, LinkConfig, QueueLimit};
+use stoq::app::{ShardApp, ShardCx};
+use stoq::clock::{Clock, SimClock};
+use stoq::config::{
+    CLOSES_PER_TURN_MAX, CongestionControl, HANDSHAKE_STEPS_MAX, RetryPolicy, TransportConfig,
+};
+use stoq::datapath::sim::{
+    Direction, EndpointId, LinkConfig, Prefix, QueueLimit, SimNetwork, SimNode, run_while,
+};
 use stoq::error::ConnectionError;
+use stoq::metrics::ShardCounters;
+use stoq::sim::{SimHost, SimHostConfig};
 use stoq::{Dir, VarInt};
 
 fn upload(len: usize) -> Plan {
@@ -282,5 +290,128 @@ fn congestion_marks_slow_the_sender_without_loss() {
         assert!(marked > 0, "the link marked nothing: ECT(0) does not reach it");
         assert!(stats.congestion_events > 0, "marks are not fed back");
         assert_eq!(stats.packets_lost, 0);
+    }
+}
+
+/// Passes a host's turns on once it is back, and keeps the largest number of connections begun in
+/// one of them.
+struct Watched<'a> {
+    host: &'a mut SimHost,
+    clock: SimClock,
+    /// Away until then: its packets wait.
+    back_at: std::time::Instant,
+    begun_max: u64,
+}
+
+impl SimNode for Watched<'_> {
+    fn turn(&mut self) -> Option<std::time::Instant> {
+        if self.clock.now() < self.back_at {
+            return Some(self.back_at);
+        }
+        let begun = |counters: ShardCounters| counters.accepted + counters.connects;
+        let before = begun(self.host.counters());
+        let next = self.host.turn();
+        self.begun_max = self.begun_max.max(begun(self.host.counters()) - before);
+        next
+    }
+
+    fn endpoint(&self) -> Option<EndpointId> {
+        self.host.endpoint()
+    }
+}
+
+#[test]
+fn a_crowd_of_clients_does_not_make_long_turns() {
+    const CLIENTS: u64 = 200;
+    let clock = SimClock::new();
+    let network = SimNetwork::new(clock.clone(), 9);
+    let link = LinkConfig { rate_bps: 10_000_000_000, delay_us: 500, ..LinkConfig::default() };
+    let (near, far) = (Prefix::new(sim::CLIENT_HOST, 32), Prefix::new(sim::SERVER_HOST, 32));
+    network.add_link(near, far, link.clone(), link).expect("a valid link");
+    let (server_tls, client_tls) = sim::tls();
+    let (server_app, log) = sim::TestApp::new(Plan::default());
+    let setup = |server, client, seed| SimHostConfig {
+        config: TransportConfig::default(),
+        server,
+        client,
+        seed,
+    };
+    let server = setup(Some(server_tls as _), None, 1);
+    let mut server =
+        SimHost::new(&clock, network.open(sim::SERVER), server, server_app).expect("server");
+    let client = setup(None, Some(client_tls as _), 2);
+    let mut client =
+        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd).expect("client");
+    client.send_to_app(Box::new(CLIENTS));
+    // Long enough for every first flight to have arrived.
+    let back_at = clock.now() + Duration::from_millis(20);
+    let mut server = Watched { host: &mut server, clock: clock.clone(), back_at, begun_max: 0 };
+    let until = Duration::from_secs(20);
+    run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || {
+        log.lock().expect("log").connected < CLIENTS
+    });
+    assert_eq!(log.lock().expect("log").connected, CLIENTS);
+    let most = server.begun_max;
+    assert!((1..=HANDSHAKE_STEPS_MAX as u64).contains(&most), "{most} accepted in one turn");
+
+    // Nor does their end.
+    let before = server.host.counters();
+    server.host.shut_down(VarInt::from_u32(0), b"enough");
+    run_while(&mut [&mut client, &mut server], &network, &clock, 2 * until, &mut || true);
+    assert!(server.host.has_ended(), "the server ended");
+    assert_eq!(client.counters().connections, 0, "every client was told");
+    let turns = server.host.counters().turns - before.turns;
+    assert!(turns >= CLIENTS / CLOSES_PER_TURN_MAX as u64, "closed in {turns} turns");
+}
+
+/// Connects as often as it is told to, at once.
+struct Crowd;
+
+impl ShardApp for Crowd {
+    fn handle_message(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        message: Box<dyn std::any::Any + std::marker::Send>,
+    ) {
+        for _ in 0..*message.downcast::<u64>().expect("a number") {
+            cx.connect(sim::SERVER, "stoq.test").expect("within the limits");
+        }
+    }
+}
+
+/// Two days of virtual time: no connection lives longer than its limit, busy or idle, and both ends
+/// learn why.
+#[test]
+fn a_connection_ends_at_its_age_limit() {
+    const DAY_MS: u64 = 24 * 3_600_000;
+    let aged = TransportConfig {
+        connection_age_ms_max: DAY_MS,
+        keep_alive_interval_ms: 10_000,
+        ..Default::default()
+    };
+    for limited_is_server in [true, false] {
+        let other = TransportConfig { connection_age_ms_max: 0, ..aged.clone() };
+        let (client, server) =
+            if limited_is_server { (other, aged.clone()) } else { (aged.clone(), other) };
+        let mut pair =
+            Pair::new(PairConfig { client, server, ..Default::default() }, upload(100_000), keep());
+        let both = |c: &sim::Log, s: &sim::Log| !c.closed.is_empty() && !s.closed.is_empty();
+        let almost = Duration::from_millis(DAY_MS / 10 * 9 - 1_000);
+        assert!(!pair.run(almost, both), "closed early: {:?}", pair.clock.elapsed());
+        assert!(pair.run(Duration::from_millis(DAY_MS / 10 + 2_000), both), "not closed in time");
+        let (client, server) =
+            (pair.client_log.lock().expect("log"), pair.server_log.lock().expect("log"));
+        let (here, there, counters) = if limited_is_server {
+            (&server.closed, &client.closed, pair.server.counters())
+        } else {
+            (&client.closed, &server.closed, pair.client.counters())
+        };
+        assert_eq!(*here, vec![ConnectionError::AgeLimitReached { age_ms_max: DAY_MS }]);
+        let [ConnectionError::ClosedByPeer { code, reason }] = &there[..] else {
+            panic!("{there:?}")
+        };
+        assert_eq!(*code, stoq::config::CONNECTION_AGE_CODE);
+        assert_eq!(&reason[..], b"connection age limit reached");
+        assert_eq!(counters.connections_aged_out, 1);
     }
 }

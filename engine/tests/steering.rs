@@ -4,17 +4,21 @@
 #[allow(dead_code, unreachable_pub)]
 mod pair;
 #[path = "common/relay.rs"]
-#[allow(unreachable_pub)]
+#[allow(dead_code, unreachable_pub)]
 mod relay;
 
 use std::net::Ipv6Addr;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pair::{NAME, Pair, Watchdog, config, counters};
+use bytes::Bytes;
+use pair::{NAME, Pair, Watchdog, config, counters, wait_for};
 use pollster::block_on;
+use quinn_proto::TokenStore;
 use relay::Relay;
-use stoq::config::{CidConfig, CidKey, TransportConfig};
+use stoq::config::{CidConfig, CidKey, RetryPolicy, TransportConfig};
 use stoq::connection::Connection;
+use stoq::engine::Engine;
 
 const SHARDS: usize = 4;
 
@@ -99,5 +103,91 @@ fn ids_are_rotated_under_a_live_connection() {
         assert_eq!(counters(&pair.server).rx_drop_no_owner, 0);
         let same = pair.server.rotate_cids(&with_rotation(3, 4)).expect_err("in use");
         assert_eq!(same.key, "cid.rotation");
+    });
+}
+
+/// Keeps the first token that a server gives, and presents it for ever.
+#[derive(Default)]
+struct Replayer(Mutex<Option<Bytes>>);
+
+impl TokenStore for Replayer {
+    fn insert(&self, _server_name: &str, token: Bytes) {
+        self.0.lock().expect("not poisoned").get_or_insert(token);
+    }
+
+    fn take(&self, _server_name: &str) -> Option<Bytes> {
+        self.0.lock().expect("not poisoned").clone()
+    }
+}
+
+/// How many Retries a new connection cost; it is closed again.
+async fn retries_of_a_connection(pair: &Pair) -> u64 {
+    let before = counters(&pair.server).retries;
+    let (client, server) = pair.connect().await;
+    exchange(&client, &server, 1000).await;
+    counters(&pair.server).retries - before
+}
+
+fn shards_that_accepted(server: &Engine) -> usize {
+    server.stats().iter().filter(|stats| stats.shard.accepted > 0).count()
+}
+
+#[test]
+fn an_address_token_is_good_once_whichever_shard_sees_it() {
+    let _watchdog = Watchdog::new("an_address_token_is_good_once_whichever_shard_sees_it");
+    let server = TransportConfig { retry: RetryPolicy::Always, ..sharded() };
+    let store = Arc::new(Replayer::default());
+    let pair = Pair::build(
+        Engine::builder().config(server),
+        Engine::builder().config(config()).token_store(store.clone()),
+    );
+    block_on(async {
+        assert!(retries_of_a_connection(&pair).await > 0, "no token yet");
+        let came = || store.0.lock().expect("not poisoned").is_some();
+        wait_for("the server's token", came);
+        assert_eq!(retries_of_a_connection(&pair).await, 0, "the token proves the address");
+        for replay in 0..12 {
+            assert!(retries_of_a_connection(&pair).await > 0, "replay {replay} was believed");
+        }
+    });
+    assert!(shards_that_accepted(&pair.server) > 1, "one shard saw every replay");
+}
+
+#[test]
+fn each_connection_brings_tokens_for_the_next_on_any_shard() {
+    let _watchdog = Watchdog::new("each_connection_brings_tokens_for_the_next_on_any_shard");
+    let server = TransportConfig { retry: RetryPolicy::Always, ..sharded() };
+    let pair = Pair::with(server, TransportConfig { shards: 2, ..config() });
+    block_on(async {
+        assert!(retries_of_a_connection(&pair).await > 0);
+        for _ in 0..12 {
+            // Tokens come with the first data after the handshake.
+            std::thread::sleep(Duration::from_millis(20));
+            assert_eq!(retries_of_a_connection(&pair).await, 0);
+        }
+    });
+    assert!(shards_that_accepted(&pair.server) > 1, "one shard saw every token");
+}
+
+#[test]
+fn a_retry_token_is_good_once() {
+    let _watchdog = Watchdog::new("a_retry_token_is_good_once");
+    let server = TransportConfig { retry: RetryPolicy::Always, new_tokens: 0, ..sharded() };
+    let pair = Pair::with(server, config());
+    block_on(async {
+        let (client, server, relay) = connect_through(&pair).await;
+        exchange(&client, &server, 1000).await;
+        drop((client, server));
+        pair.wait_idle();
+        let (before, replayed) = (counters(&pair.server), relay.replay_initials());
+        wait_for("the replayed Initials arrived", || {
+            counters(&pair.server).incoming > before.incoming
+        });
+        // Those with the token of the Retry and those before it: each is asked for its address.
+        std::thread::sleep(Duration::from_millis(100));
+        let after = counters(&pair.server);
+        assert!(replayed >= 2, "an Initial without and one with a token");
+        let (knocked, retried) = (after.incoming - before.incoming, after.retries - before.retries);
+        assert_eq!(knocked, retried, "a replayed token was believed: {after:?}");
     });
 }

@@ -319,6 +319,35 @@ fn a_warm_up_is_there_before_it_is_asked_for() {
 }
 
 #[test]
+fn early_requests_are_taken_by_whichever_shard_they_reach() {
+    let client = "zero_rtt = true\n[pool]\nidle_timeout_ms = 50\n";
+    let both = Both::new("early-shards", "shards = 4\nzero_rtt = true", client);
+    let data = Bytes::from_static(b"read me anywhere");
+    let (here, there) = both.connect();
+    wait(both.client.send(&here, &data)).expect("sent");
+    wait(both.server.receive(&there)).expect("received");
+    std::thread::sleep(Duration::from_millis(50));
+    drop((here, there));
+    for round in 0..10 {
+        until("the idle connection is closed", || both.client.stats().pool.connections == 0);
+        let early = wait(both.client.connect_replay_safe(&both.endpoint)).expect("a lease");
+        assert!(early.is_early(), "round {round}: no ticket, or another shard's cannot be used");
+        // Refused early data would fail here.
+        let Sent::Stream(receipt) = wait(both.client.send(&early, &data)).expect("sent") else {
+            panic!("a stream")
+        };
+        let there = wait(both.server.accept()).expect("accepted");
+        assert_eq!(wait(both.server.receive(&there)).expect("received"), data);
+        wait(receipt.acknowledged()).expect("acknowledged");
+        std::thread::sleep(Duration::from_millis(50));
+        drop((early, there, receipt));
+    }
+    let accepted: Vec<u64> =
+        both.server.stats().shards.iter().map(|shard| shard.shard.accepted).collect();
+    assert!(accepted.iter().filter(|accepted| **accepted > 0).count() > 1, "{accepted:?}");
+}
+
+#[test]
 fn early_requests_arrive_and_refused_ones_say_so() {
     let zero_rtt = "zero_rtt = true\n[pool]\nidle_timeout_ms = 50\n";
     let both = Both::new("early", "zero_rtt = true", zero_rtt);

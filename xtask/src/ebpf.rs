@@ -1,9 +1,9 @@
 //! `cargo xtask ebpf build|check`: the eBPF objects, from source to commit.
 //!
-//! `build` compiles `ebpf/programs` into `ebpf/objects/stoq_xdp.bpf.o` and
+//! `build` compiles `ebpf/programs` into one `ebpf/objects/*.bpf.o` per program and
 //! writes `ebpf/objects/SOURCES.sha256` beside it: the hash of the sources, the
-//! hash of the object, and the toolchain that made it. `check` proves that the
-//! two committed files belong to the sources and runs the packet fixtures; where
+//! hash of each object, and the toolchain that made them. `check` proves that the
+//! committed files belong to the sources and runs the packet fixtures; where
 //! a toolchain is present it rebuilds and runs them on the fresh object too.
 //!
 //! The object is reproducible: paths are remapped, dependencies locked, DWARF
@@ -21,8 +21,10 @@ use clap::{Args, Subcommand, ValueEnum};
 use sha2::{Digest as _, Sha256};
 
 const PROGRAMS: &str = "ebpf/programs";
-const PROGRAM: &str = "stoq_xdp";
-const OBJECT: &str = "ebpf/objects/stoq_xdp.bpf.o";
+/// The programs, each a binary of its own, and the variable by which the fixtures take its object.
+const PROGRAM_NAMES: [&str; 2] = ["stoq_xdp", "stoq_reuseport"];
+const OBJECT_VARIABLES: [&str; 2] = ["STOQ_XDP_OBJECT", "STOQ_REUSEPORT_OBJECT"];
+const OBJECTS: &str = "ebpf/objects";
 const HASHES: &str = "ebpf/objects/SOURCES.sha256";
 /// Everything that the object is compiled from, relative to the root.
 const SOURCES: &[&str] = &[
@@ -100,34 +102,38 @@ fn build(root: &Path, args: &BuildArgs) -> Result<()> {
         }
         Err(missing) => return Err(missing),
     };
-    let object = toolchain.compile(root)?;
+    let objects = toolchain.compile(root)?;
     let hashes = Hashes {
         sources: hash_sources(root)?,
-        object: hash(&object),
+        objects: objects.each_ref().map(|object| hash(object)),
         built_by: toolchain.description()?,
     };
-    write(&root.join(OBJECT), &object)?;
+    for (path, object) in object_paths(root).iter().zip(&objects) {
+        write(path, object)?;
+        println!("wrote {} ({} bytes)", path.display(), object.len());
+    }
     write(&root.join(HASHES), hashes.to_text().as_bytes())?;
-    println!("wrote {OBJECT} ({} bytes) and {HASHES}", object.len());
+    println!("wrote {HASHES}");
     println!("built by {}", hashes.built_by);
     Ok(())
 }
 
 fn check(root: &Path, args: &CheckArgs) -> Result<()> {
-    let committed = read(&root.join(OBJECT))?;
+    let paths = object_paths(root);
+    let committed = [read(&paths[0])?, read(&paths[1])?];
     let hashes = Hashes::parse(&String::from_utf8(read(&root.join(HASHES))?)?)?;
     ensure!(
         hashes.sources == hash_sources(root)?,
-        "the sources of the eBPF programs have changed since {OBJECT} was built: \
-         run `cargo xtask ebpf build` and commit ebpf/objects"
+        "the sources of the eBPF programs have changed since {OBJECTS} was built: \
+         run `cargo xtask ebpf build` and commit {OBJECTS}"
     );
     ensure!(
-        hashes.object == hash(&committed),
-        "{OBJECT} is not the file that {HASHES} was written for: \
-         run `cargo xtask ebpf build` and commit ebpf/objects"
+        hashes.objects == committed.each_ref().map(|object| hash(object)),
+        "an object is not the file that {HASHES} was written for: \
+         run `cargo xtask ebpf build` and commit {OBJECTS}"
     );
-    println!("hashes: {OBJECT} belongs to the sources");
-    run_fixtures(root, &root.join(OBJECT))?;
+    println!("hashes: {OBJECTS} belongs to the sources");
+    run_fixtures(root, &paths)?;
 
     let toolchain = match Toolchain::find(args.toolchain) {
         Ok(toolchain) => toolchain,
@@ -149,17 +155,23 @@ fn check(root: &Path, args: &CheckArgs) -> Result<()> {
         );
         println!("rebuild: differs, by {built_by}; committed: by {}", hashes.built_by);
     }
-    let fresh = root.join("target/ebpf/rebuilt.bpf.o");
-    write(&fresh, &rebuilt)?;
+    let fresh = PROGRAM_NAMES.map(|name| root.join(format!("target/ebpf/rebuilt-{name}.bpf.o")));
+    for (path, object) in fresh.iter().zip(&rebuilt) {
+        write(path, object)?;
+    }
     run_fixtures(root, &fresh)
 }
 
-/// Runs the packet fixtures on an object, with both loaders.
-fn run_fixtures(root: &Path, object: &Path) -> Result<()> {
-    println!("fixtures: {}", object.display());
+fn object_paths(root: &Path) -> [PathBuf; 2] {
+    PROGRAM_NAMES.map(|name| root.join(OBJECTS).join(format!("{name}.bpf.o")))
+}
+
+/// Runs the packet fixtures on the objects, with both loaders.
+fn run_fixtures(root: &Path, objects: &[PathBuf; 2]) -> Result<()> {
+    println!("fixtures: {}, {}", objects[0].display(), objects[1].display());
     let mut cargo = Command::new(env_or("CARGO", "cargo"));
     cargo.current_dir(root).args(["test", "--quiet", "--package", "stoq-ebpf-testrun"]);
-    cargo.env("STOQ_XDP_OBJECT", object);
+    cargo.envs(OBJECT_VARIABLES.iter().zip(objects));
     run_command(&mut cargo).context(
         "the fixtures need root (or CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN) \
          and the packages libelf-dev, zlib1g-dev, pkgconf",
@@ -253,23 +265,26 @@ impl Toolchain {
         Ok(format!("{name}: {}, {}", rustc.trim(), linker.trim()))
     }
 
-    /// Compiles the programs under `target/ebpf` and returns the object's bytes.
-    fn compile(&self, root: &Path) -> Result<Vec<u8>> {
+    /// Compiles the programs under `target/ebpf` and returns the objects' bytes.
+    fn compile(&self, root: &Path) -> Result<[Vec<u8>; 2]> {
         let target_dir = root.join("target/ebpf").join(match self {
             Self::Debian => "debian",
             Self::Nightly => "nightly",
         });
         let mut cargo = self.command("cargo");
         cargo.current_dir(root.join(PROGRAMS));
-        cargo.args(["build", "--release", "--locked", "--target", TARGET, "--bin", PROGRAM]);
+        cargo.args(["build", "--release", "--locked", "--target", TARGET, "--bins"]);
         cargo.arg("--target-dir").arg(&target_dir);
         if matches!(self, Self::Nightly) {
             cargo.args(["-Z", "build-std=core"]);
         }
         cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags(root));
         run_command(&mut cargo)?;
-        let linked = read(&target_dir.join(TARGET).join("release").join(PROGRAM))?;
-        without_dwarf(&linked).context("strip the object")
+        let built = target_dir.join(TARGET).join("release");
+        let object = |name| {
+            without_dwarf(&read(&built.join(name))?).with_context(|| format!("strip {name}"))
+        };
+        Ok([object(PROGRAM_NAMES[0])?, object(PROGRAM_NAMES[1])?])
     }
 }
 
@@ -354,26 +369,31 @@ fn install(choice: ToolchainChoice) -> Result<()> {
 /// The contents of [`HASHES`].
 struct Hashes {
     sources: String,
-    object: String,
+    /// By program.
+    objects: [String; 2],
     built_by: String,
 }
 
 impl Hashes {
     fn to_text(&self) -> String {
-        let Self { sources, object, built_by } = self;
-        format!("{sources}  sources\n{object}  {PROGRAM}.bpf.o\n# {built_by}\n")
+        let Self { sources, objects: [first, second], built_by } = self;
+        let [first_name, second_name] = PROGRAM_NAMES;
+        format!(
+            "{sources}  sources\n{first}  {first_name}.bpf.o\n{second}  {second_name}.bpf.o\n# {built_by}\n"
+        )
     }
 
     fn parse(text: &str) -> Result<Self> {
         let mut lines = text.lines();
         let mut next = || lines.next().with_context(|| format!("{HASHES} is cut short"));
         let sources = next()?.strip_suffix("  sources");
-        let object = next()?.strip_suffix(&format!("  {PROGRAM}.bpf.o"));
+        let [first, second] = PROGRAM_NAMES.map(|name| format!("  {name}.bpf.o"));
+        let objects = (next()?.strip_suffix(&first), next()?.strip_suffix(&second));
         let built_by = next()?.strip_prefix("# ");
-        match (sources, object, built_by) {
-            (Some(sources), Some(object), Some(built_by)) => Ok(Self {
+        match (sources, objects, built_by) {
+            (Some(sources), (Some(first), Some(second)), Some(built_by)) => Ok(Self {
                 sources: sources.to_owned(),
-                object: object.to_owned(),
+                objects: [first.to_owned(), second.to_owned()],
                 built_by: built_by.to_owned(),
             }),
             _ => bail!("{HASHES} is not what `cargo xtask ebpf build` writes: run it"),

@@ -3,6 +3,7 @@
 pub mod bulk;
 pub mod datagrams;
 pub mod handshakes;
+pub mod idle;
 pub mod raw;
 pub mod requests;
 pub mod run;
@@ -23,6 +24,8 @@ enum Workload {
     Upload(bulk::Args),
     /// Bulk from the server to here.
     Download(bulk::Args),
+    /// Many connections that do next to nothing: what each of them costs.
+    Idle(idle::Args),
     /// Bulk both ways at once.
     Bidi(bulk::Args),
     /// Requests and answers, each on a stream of its own.
@@ -40,6 +43,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.workload {
         Workload::Upload(args) => bulk::run(&args, bulk::Direction::Upload),
         Workload::Download(args) => bulk::run(&args, bulk::Direction::Download),
+        Workload::Idle(args) => idle::run(&args),
         Workload::Bidi(args) => bulk::run(&args, bulk::Direction::Bidi),
         Workload::Requests(args) => requests::run(&args),
         Workload::Handshakes(args) => handshakes::run(&args),

@@ -5,6 +5,7 @@
 
 mod by_aya;
 mod by_libbpf;
+pub mod reuseport;
 
 use std::os::fd::BorrowedFd;
 

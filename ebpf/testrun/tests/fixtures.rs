@@ -1,8 +1,8 @@
 //! Every packet fixture through the kernel, with both loaders.
 //!
 //! Needs root, works in a network namespace of its own, prints
-//! `N passed, M failed`. `STOQ_XDP_OBJECT` names another object to test than
-//! the one that is compiled in.
+//! `N passed, M failed`. `STOQ_XDP_OBJECT` and `STOQ_REUSEPORT_OBJECT` name other
+//! objects to test than those that are compiled in.
 
 use std::os::fd::AsFd as _;
 use std::process::{Command, ExitCode};
@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::util::KernelVersion;
 use rustix::thread::UnshareFlags;
-use stoq_ebpf::{Counter, XDP_OBJECT};
+use stoq_ebpf::{Counter, REUSEPORT_OBJECT, XDP_OBJECT};
 use stoq_ebpf_fixtures::xsk::SinkSocket;
 use stoq_ebpf_fixtures::{Fixture, TEST_RUN_BYTES_MIN, all, port_keys};
 use stoq_ebpf_testrun::{AyaObject, LibbpfObject, LoadedObject};
@@ -44,10 +44,8 @@ struct Tally {
 }
 
 fn run() -> Result<Tally> {
-    let object = match std::env::var_os("STOQ_XDP_OBJECT") {
-        Some(path) => std::fs::read(&path).with_context(|| format!("read {}", path.display()))?,
-        None => XDP_OBJECT.to_vec(),
-    };
+    let object = object_of("STOQ_XDP_OBJECT", XDP_OBJECT)?;
+    let reuseport = object_of("STOQ_REUSEPORT_OBJECT", REUSEPORT_OBJECT)?;
     enter_network_namespace()?;
     let socket = SinkSocket::bind(LOOPBACK_IFINDEX, 0).context("bind an AF_XDP socket to lo")?;
     let mut tally = Tally::default();
@@ -55,7 +53,22 @@ fn run() -> Result<Tally> {
     run_all("aya", aya, &socket, &mut tally)?;
     let libbpf = LibbpfObject::load(&object).context("load with libbpf")?;
     run_all("libbpf", libbpf, &socket, &mut tally)?;
+    match stoq_ebpf_testrun::reuseport::run(&reuseport) {
+        Ok(passed) => tally.passed += passed,
+        Err(error) => {
+            tally.failed += 1;
+            println!("FAILED stoq_reuseport: {error:#}");
+        }
+    }
     Ok(tally)
+}
+
+/// The object to test: the one that a variable names, or the one that is compiled in.
+fn object_of(variable: &str, compiled_in: &[u8]) -> Result<Vec<u8>> {
+    match std::env::var_os(variable) {
+        Some(path) => std::fs::read(&path).with_context(|| format!("read {}", path.display())),
+        None => Ok(compiled_in.to_vec()),
+    }
 }
 
 /// Leaves for a network namespace that goes away with this process.

@@ -20,6 +20,7 @@ mod fault;
 mod local_ca;
 mod maintenance;
 mod names;
+mod padding;
 mod pem;
 mod provider;
 mod resumption;
@@ -29,7 +30,7 @@ mod session;
 mod shared_keys;
 mod storage;
 #[cfg(test)]
-mod test_dir;
+pub(crate) mod test_dir;
 #[cfg(test)]
 mod test_handshake;
 mod tickets;

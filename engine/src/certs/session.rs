@@ -1,7 +1,8 @@
 //! The TLS session that quinn-proto drives, with what it does not tell: the key exchange group,
 //! and the reason of a failure in words.
 //!
-//! Only the handshake passes through here; packet keys are handed out unwrapped.
+//! Only the handshake passes through here; packet keys are handed out as they are, but for
+//! padding, which the receiving ones drop ([`super::padding`]).
 
 use std::any::Any;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use rustls_pki_types::CertificateDer;
 use super::error::CertsError;
 use super::fault::{CertificateFault, FaultCounters};
 use super::names::CertificateSummary;
+use super::padding::WithoutPadding;
 use super::provider;
 use crate::proto::crypto::CryptoProvider as PacketCrypto;
 
@@ -267,12 +269,14 @@ impl Session for ObservedSession {
     }
 
     fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
-        self.inner.write_handshake(buf)
+        let mut keys = self.inner.write_handshake(buf)?;
+        keys.packet = receive_without_padding(keys.packet);
+        Some(keys)
     }
 
     fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
         self.key_updates.0.fetch_add(1, Relaxed);
-        self.inner.next_1rtt_keys()
+        self.inner.next_1rtt_keys().map(receive_without_padding)
     }
 
     fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
@@ -287,6 +291,10 @@ impl Session for ObservedSession {
     ) -> Result<(), ExportKeyingMaterialError> {
         self.inner.export_keying_material(output, label, context)
     }
+}
+
+fn receive_without_padding(keys: KeyPair<Box<dyn PacketKey>>) -> KeyPair<Box<dyn PacketKey>> {
+    KeyPair { local: keys.local, remote: Box::new(WithoutPadding(keys.remote)) }
 }
 
 /// Erases the type for `quinn_proto::ServerConfig::new`.

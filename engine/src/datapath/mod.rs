@@ -17,6 +17,7 @@ pub mod io_uring;
 pub mod open;
 pub mod sim;
 pub mod socket;
+pub mod steering;
 pub mod udp_socket;
 
 use std::net::{Ipv6Addr, SocketAddrV6};

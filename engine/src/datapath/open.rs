@@ -4,11 +4,15 @@
 //! the best that this machine gives and remembers why.
 
 use std::net::SocketAddrV6;
+use std::os::fd::BorrowedFd;
+
+use stoq_ebpf::steer::SteerTable;
 
 use super::af_xdp::{AfXdp, AfXdpConfig, InterfaceHandle, ZeroCopy, open_interface};
 use super::choice::{DatapathChoice, choose};
 use super::io_uring::IoUringDatapath;
 use super::socket::SocketDatapath;
+use super::steering::SteeringHandle;
 use super::udp_socket::{SocketConfig, SocketError};
 use super::{Datapath, DatapathKind};
 use crate::config::TransportConfig;
@@ -51,6 +55,8 @@ pub struct Opened {
     pub reasons: Vec<String>,
     /// The XDP program, where one runs.
     pub xdp: Option<XdpHandle>,
+    /// The `SO_REUSEPORT` program, where one runs.
+    pub steering: Option<SteeringHandle>,
 }
 
 impl Opened {
@@ -74,23 +80,35 @@ impl Opened {
     }
 }
 
-/// Opens the datapaths that `config` asks for.
+/// Opens the datapaths that `config` asks for, without steering in the kernel.
 ///
 /// # Errors
 /// What was demanded cannot be had: the text names it and the fix. `Auto` fails
 /// only when not even plain sockets can be opened.
 pub fn open(config: &TransportConfig) -> Result<Opened, StartError> {
+    open_steered(config, None)
+}
+
+/// The same; `table` says which shard owns a packet.
+pub(crate) fn open_steered(
+    config: &TransportConfig,
+    table: Option<&SteerTable>,
+) -> Result<Opened, StartError> {
     match config.datapath {
         DatapathChoice::AfXdp => open_af_xdp(config).map(|opened| opened.because("asked for")),
-        DatapathChoice::IoUring => open_io_uring(config).map(|opened| opened.because("asked for")),
-        DatapathChoice::Socket => open_sockets(config).map(|opened| opened.because("asked for")),
-        DatapathChoice::Auto => open_best(config),
+        DatapathChoice::IoUring => {
+            open_io_uring(config, table).map(|opened| opened.because("asked for"))
+        }
+        DatapathChoice::Socket => {
+            open_sockets(config, table).map(|opened| opened.because("asked for"))
+        }
+        DatapathChoice::Auto => open_best(config, table),
     }
 }
 
 /// The best by capability; what cannot be opened after all is left for the next.
-fn open_best(config: &TransportConfig) -> Result<Opened, StartError> {
-    let interface = config.interface.clone().or_else(|| interface_of(config));
+fn open_best(config: &TransportConfig, table: Option<&SteerTable>) -> Result<Opened, StartError> {
+    let interface = interface_name(config);
     let facts = interface.as_deref().and_then(interface_facts);
     let mut reasons = Vec::new();
     let kind = match &facts {
@@ -127,12 +145,13 @@ fn open_best(config: &TransportConfig) -> Result<Opened, StartError> {
                 config.interface = interface.clone();
                 open_af_xdp(&config)
             }
-            DatapathKind::IoUring => open_io_uring(config),
-            _ => open_sockets(config),
+            DatapathKind::IoUring => open_io_uring(config, table),
+            _ => open_sockets(config, table),
         };
         match opened {
             Ok(mut opened) => {
                 reasons.push(format!("{}: opened by `auto`", kind.name()));
+                reasons.append(&mut opened.reasons);
                 opened.reasons = reasons;
                 for reason in &opened.reasons {
                     tracing::info!(reason, "datapath choice");
@@ -147,6 +166,11 @@ fn open_best(config: &TransportConfig) -> Result<Opened, StartError> {
         }
     }
     Err(failure.expect("at least plain sockets were tried"))
+}
+
+/// The interface that carries the packets, where one is named or can be told from the address.
+pub(crate) fn interface_name(config: &TransportConfig) -> Option<String> {
+    config.interface.clone().or_else(|| interface_of(config))
 }
 
 /// The interface that owns the bound address, where a single one is bound.
@@ -166,7 +190,7 @@ fn open_af_xdp(config: &TransportConfig) -> Result<Opened, StartError> {
     af_xdp.allow_skb_mode = config.allow_skb_mode;
     let paths = open_interface(&af_xdp).map_err(|error| refused("af_xdp", &error))?;
     let xdp = paths.first().map(|path| XdpHandle(path.interface()));
-    Ok(Opened { datapaths: Datapaths::AfXdp(paths), reasons: Vec::new(), xdp })
+    Ok(Opened { datapaths: Datapaths::AfXdp(paths), reasons: Vec::new(), xdp, steering: None })
 }
 
 /// One socket per shard: the first chooses the port, the others join it.
@@ -185,14 +209,41 @@ fn open_each<D: Datapath>(
     Ok(paths)
 }
 
-fn open_io_uring(config: &TransportConfig) -> Result<Opened, StartError> {
+fn open_io_uring(
+    config: &TransportConfig,
+    table: Option<&SteerTable>,
+) -> Result<Opened, StartError> {
     let paths = open_each(config, "io_uring", IoUringDatapath::open)?;
-    Ok(Opened { datapaths: Datapaths::IoUring(paths), reasons: Vec::new(), xdp: None })
+    let (steering, reasons) = steer(paths.iter().map(IoUringDatapath::udp_socket), table);
+    Ok(Opened { datapaths: Datapaths::IoUring(paths), reasons, xdp: None, steering })
 }
 
-fn open_sockets(config: &TransportConfig) -> Result<Opened, StartError> {
+fn open_sockets(
+    config: &TransportConfig,
+    table: Option<&SteerTable>,
+) -> Result<Opened, StartError> {
     let paths = open_each(config, "socket", SocketDatapath::open)?;
-    Ok(Opened { datapaths: Datapaths::Socket(paths), reasons: Vec::new(), xdp: None })
+    let (steering, reasons) = steer(paths.iter().map(SocketDatapath::udp_socket), table);
+    Ok(Opened { datapaths: Datapaths::Socket(paths), reasons, xdp: None, steering })
+}
+
+/// Lets the kernel give packets to the shards' sockets, if it can; says once if it cannot.
+fn steer<'a>(
+    sockets: impl Iterator<Item = BorrowedFd<'a>>,
+    table: Option<&SteerTable>,
+) -> (Option<SteeringHandle>, Vec<String>) {
+    let sockets: Vec<BorrowedFd<'_>> = sockets.collect();
+    let Some(table) = table.filter(|_| sockets.len() > 1) else { return (None, Vec::new()) };
+    match SteeringHandle::attach(&sockets, table) {
+        Ok(steering) => {
+            tracing::info!(shards = sockets.len(), "the kernel steers packets to their shards");
+            (Some(steering), vec!["packets are steered to their shards by the kernel".into()])
+        }
+        Err(error) => {
+            tracing::warn!(%error, "no steering in the kernel");
+            (None, vec![format!("no steering in the kernel: {error}")])
+        }
+    }
 }
 
 fn refused(datapath: &'static str, error: &dyn std::fmt::Display) -> StartError {

@@ -85,6 +85,11 @@ impl SocketDatapath {
         self.socket.shortfalls()
     }
 
+    /// The kernel socket, for what concerns all sockets of a port.
+    pub(crate) fn udp_socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// Hands out what an earlier call received; true when nothing is left of it.
     fn deliver_backlog(&mut self, batch: &mut RxBatch) -> bool {
         let bound = *self.socket.local().ip();

@@ -93,9 +93,10 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Everything that the shards publish.
+/// Everything that the shards publish, and what the kernel steered to them.
 pub(crate) fn render<'a>(
     shards: impl IntoIterator<Item = (&'a ShardMetrics, &'a Capabilities)>,
+    steered: &[(&str, u64)],
 ) -> String {
     let mut out = Exposition::default();
     let version = concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"");
@@ -115,6 +116,7 @@ pub(crate) fn render<'a>(
             counter(&mut out, "pool", name, help, value, &shard, is_gauge);
         }
         let latencies = [
+            ("stoq_shard_turn_seconds", &metrics.turn_ns, "How long turns took that found work."),
             ("stoq_rtt_seconds", &metrics.rtt_ns, "Round-trip times, one sample per ACK."),
             (
                 "stoq_shard_mailbox_wait_seconds",
@@ -134,6 +136,11 @@ pub(crate) fn render<'a>(
             let family = out.family(name, "histogram", help);
             distribution(family, &shard, histogram, &BATCH_BOUNDS, 1.0);
         }
+    }
+    for (outcome, packets) in steered {
+        let help = "Packets that the kernel's steering to shards looked at, by outcome.";
+        let family = out.family("stoq_steering_packets_total", "counter", help);
+        family.sample("", &format!("outcome=\"{outcome}\""), *packets);
     }
     out.into_text()
 }
@@ -225,7 +232,7 @@ mod tests {
             metrics[1].rtt_ns.record(us * 1000);
         }
         let capabilities = capabilities();
-        render(metrics.iter().map(|shard| (shard, &capabilities)))
+        render(metrics.iter().map(|shard| (shard, &capabilities)), &[("steered_by_id", 3)])
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct ShardReport {
     pub tx_batch_average: f64,
     /// How long commands of other threads waited: the oldest, each time that they were taken.
     pub mailbox_wait: LatencySummary,
+    /// How long turns took that found work: what a packet may have to wait for the shard.
+    pub turns: LatencySummary,
     /// Part of the time, since statistics were read before, that was spent in turns with work. 0 to 1.
     pub busy_share: f64,
 }
@@ -182,6 +184,7 @@ fn report(metrics: &ShardMetrics) -> ShardReport {
         rx_batch_average: Merged::of([&metrics.rx_batch]).average(),
         tx_batch_average: Merged::of([&metrics.tx_batch]).average(),
         mailbox_wait: Merged::of([&metrics.mailbox_wait_ns]).summary(),
+        turns: Merged::of([&metrics.turn_ns]).summary(),
         busy_share: 0.0,
     }
 }

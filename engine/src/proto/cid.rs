@@ -88,6 +88,11 @@ impl CidTable {
         Self { steer, config: config.clone(), quic_lb }
     }
 
+    /// What decides about packets, for the kernel's program.
+    pub(crate) fn steer_table(&self) -> &SteerTable {
+        &self.steer
+    }
+
     fn make(&self, shard: u8, rng: &mut StdRng) -> ConnectionId {
         let mut cid = [0; CID_BYTES_MAX];
         let cid = &mut cid[..self.config.length_bytes];

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use quinn_proto::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::{Connection, RttEstimator};
 
+use super::bbr::{Bbr, BbrProbe};
 use crate::metrics::ShardMetrics;
 
 /// Packets up to this size do not count as in flight: an ACK-only packet is
@@ -37,6 +38,8 @@ pub(crate) struct CcState {
     pacing_rate_bytes_per_s: AtomicU64,
     /// Size of the path MTU probe under way, part of what quinn-proto calls in flight.
     probe_bytes: AtomicU64,
+    /// The view into a BBR controller; `None` for the others.
+    bbr: Option<BbrProbe>,
     delivery_rate_bytes_per_s: AtomicU64,
     ecn_events: AtomicU64,
     latest_rtt_ns: AtomicU64,
@@ -84,6 +87,11 @@ impl CcState {
         self.cwnd_bytes.load(Relaxed)
     }
 
+    /// The view into a BBR controller, and the way to tell it what quinn-proto cannot.
+    pub(crate) fn bbr(&self) -> Option<&BbrProbe> {
+        self.bbr.as_ref()
+    }
+
     /// The controller's own pacing rate, if it has one.
     pub(crate) fn pacing_rate_bytes_per_s(&self) -> Option<u64> {
         match self.pacing_rate_bytes_per_s.load(Relaxed) {
@@ -113,8 +121,11 @@ struct Round {
 
 impl Gated {
     fn new(inner: Box<dyn Controller>, now: Instant, metrics: Arc<ShardMetrics>) -> Self {
+        // The trait shows a controller's type only by value: look at a copy, once per path.
+        let bbr = inner.clone_box().into_any().downcast::<Bbr>().ok().map(|bbr| bbr.probe());
+        let state = Arc::new(CcState { bbr, ..CcState::default() });
         let round = Round { start: now, rtt: Duration::ZERO, acked_bytes: 0 };
-        let gated = Self { inner, state: Arc::default(), metrics, sent_latest: None, round };
+        let gated = Self { inner, state, metrics, sent_latest: None, round };
         gated.publish();
         gated
     }
@@ -152,6 +163,11 @@ impl Gated {
     }
 
     fn publish(&self) {
+        if let Some(bbr) = &self.state.bbr {
+            self.state.cwnd_bytes.store(bbr.cwnd_bytes(), Relaxed);
+            self.state.pacing_rate_bytes_per_s.store(bbr.pacing_rate_bytes_per_s(), Relaxed);
+            return;
+        }
         let metrics = self.inner.metrics();
         self.state.cwnd_bytes.store(self.inner.window(), Relaxed);
         let rate = metrics.pacing_rate.map_or(0, |bits| bits / 8);

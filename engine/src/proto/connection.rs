@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use quinn_proto::{Connection, FrameStats};
 
 use super::Owner;
+use super::bbr::State;
 use super::congestion::{CcState, Gated};
+use super::credit::Credit;
 use super::pacing::Pacer;
 use crate::app::ConnId;
 use crate::certs::KeyUpdates;
@@ -80,10 +82,16 @@ pub struct ConnectionStats {
     /// Changes of the packet protection keys (RFC 9001 §6), by either side. Counted for TLS
     /// configurations of [`crate::certs`] only.
     pub key_updates: u64,
+    /// BBR's state; `None` with another congestion control.
+    pub bbr_state: Option<State>,
+    /// BBR's bandwidth estimate (`max_bw`), bits of QUIC packets per second; 0 with another congestion control.
+    pub bandwidth_estimate_bps: u64,
+    /// BBR's `inflight_hi` (v3: `inflight_longterm`), bytes, once a probe has found it.
+    pub inflight_hi_bytes: Option<u64>,
 }
 
 /// Numbers in [`ConnectionStats`].
-pub(crate) const STATS_NUMBERS: usize = 22;
+pub(crate) const STATS_NUMBERS: usize = 25;
 
 impl ConnectionStats {
     /// As numbers, for publication to other threads; times in nanoseconds.
@@ -111,6 +119,9 @@ impl ConnectionStats {
             self.latest_rtt.as_nanos() as u64,
             self.ecn_events,
             self.key_updates,
+            self.bbr_state.map_or(0, |state| state as u64 + 1),
+            self.bandwidth_estimate_bps,
+            self.inflight_hi_bytes.unwrap_or(u64::MAX),
         ]
     }
 
@@ -119,7 +130,7 @@ impl ConnectionStats {
         let [packets_sent, packets_lost, bytes_lost, congestion_events, probes, rest @ ..] = rest;
         let [black_holes, udp_tx_bytes, udp_tx_datagrams, udp_rx_bytes, rest @ ..] = rest;
         let [udp_rx_datagrams, acks_sent, acks_received, delivery_rate_bps, rest @ ..] = rest;
-        let [latest_rtt, ecn_events, key_updates] = rest;
+        let [latest_rtt, ecn_events, key_updates, state, bandwidth_estimate_bps, hi] = rest;
         Self {
             rtt: Duration::from_nanos(rtt),
             min_rtt: Duration::from_nanos(min_rtt),
@@ -143,6 +154,9 @@ impl ConnectionStats {
             latest_rtt: Duration::from_nanos(latest_rtt),
             ecn_events,
             key_updates,
+            bbr_state: state.checked_sub(1).map(|index| State::from_index(index as u8)),
+            bandwidth_estimate_bps,
+            inflight_hi_bytes: Some(hi).filter(|&hi| hi != u64::MAX),
         }
     }
 }
@@ -154,7 +168,11 @@ pub(crate) struct Conn {
     pub(crate) touched: bool,
     pub(crate) tx_queued: bool,
     pub(crate) handshake_deadline: Option<Instant>,
+    /// When it has reached `connection_age_ms_max`.
+    pub(crate) age_deadline: Option<Instant>,
     pub(crate) closed_reported: bool,
+    /// It was seen closed, and is counted so.
+    pub(crate) closing: bool,
     /// quinn-proto's endpoint has forgotten it.
     pub(crate) drained: bool,
     /// Its place in the owner's connection pool.
@@ -163,6 +181,8 @@ pub(crate) struct Conn {
     pub(crate) span: tracing::Span,
     /// Counts changes of its keys, once the handshake is over.
     pub(crate) key_updates: Option<KeyUpdates>,
+    /// What the peer may use, and uses.
+    pub(crate) credit: Credit,
     /// Something arrived since `owes_ack` last looked.
     pub(crate) rx_since_ack_check: bool,
     cc: Arc<CcState>,
@@ -184,6 +204,7 @@ impl Conn {
         now: Instant,
         handshake_deadline: Instant,
         span: tracing::Span,
+        credit: Credit,
     ) -> Self {
         Self {
             cc: Gated::state_of(&inner),
@@ -194,11 +215,14 @@ impl Conn {
             touched: false,
             tx_queued: false,
             handshake_deadline: Some(handshake_deadline),
+            age_deadline: None,
             closed_reported: false,
+            closing: false,
             drained: false,
             pool_entry: None,
             span,
             key_updates: None,
+            credit,
             rx_since_ack_check: false,
             pacer: Pacer::new(now),
             paced_until: None,
@@ -218,6 +242,9 @@ impl Conn {
             u64::try_from(cwnd * 1_250_000_000 / rtt_ns).unwrap_or(u64::MAX)
         });
         let packet = u64::from(self.inner.current_mtu());
+        if let Some(bbr) = self.cc.bbr() {
+            return (rate, bbr.send_quantum_bytes().max(packet));
+        }
         // 1 ms of rate within two packets and 64 kB (draft-ietf-ccwg-bbr, send_quantum).
         (rate, (rate / 1000).clamp(2 * packet, QUANTUM_BYTES_MAX.max(2 * packet)))
     }
@@ -256,6 +283,26 @@ impl Conn {
         }
         self.cc.set_gate(gate == Gate::Open);
         gate
+    }
+
+    /// Tells the controller what came of an attempt to send: `gate` is what
+    /// [`gate`](Self::gate) said before it, `sent` whether a packet left.
+    ///
+    /// BBR needs both: a sample taken while the application had nothing must not
+    /// lower the estimate, and a window that held nothing back must not grow.
+    pub(crate) fn note_attempt(&self, gate: Gate, sent: bool) {
+        let Some(bbr) = self.cc.bbr() else { return };
+        match gate {
+            Gate::Open if sent => bbr.set_app_limited(false),
+            Gate::Open => bbr.set_app_limited(true),
+            Gate::Window => bbr.set_cwnd_limited(),
+            Gate::Paced(_) => {}
+        }
+    }
+
+    /// BBR's state; `None` with another congestion control.
+    pub(crate) fn bbr_state(&self) -> Option<State> {
+        self.cc.bbr().map(|bbr| bbr.snapshot().state)
     }
 
     /// Opens the gate for the one packet that carries an owed ACK.
@@ -306,17 +353,17 @@ impl Conn {
         self.pacer.on_sent(now, bytes, rate);
     }
 
-    /// The earliest of quinn-proto's timeout, the handshake's deadline, the pacer and an owed ACK.
+    /// The earliest of quinn-proto's timeout, the handshake's and the age's deadlines, the pacer and
+    /// an owed ACK.
     pub(crate) fn next_deadline(&mut self) -> Option<Instant> {
         let owed = self.owed_since.map(|since| since + OWED_ACK_DELAY_MAX);
-        [self.inner.poll_timeout(), self.handshake_deadline, self.paced_until, owed]
-            .into_iter()
-            .flatten()
-            .min()
+        let ends = [self.handshake_deadline, self.age_deadline];
+        [self.inner.poll_timeout(), self.paced_until, owed].into_iter().chain(ends).flatten().min()
     }
 
     pub(crate) fn stats(&self) -> ConnectionStats {
         let stats = self.inner.stats();
+        let bbr = self.cc.bbr().map(super::bbr::BbrProbe::snapshot);
         ConnectionStats {
             rtt: stats.path.rtt,
             min_rtt: stats.path.min_rtt,
@@ -340,6 +387,9 @@ impl Conn {
             latest_rtt: self.cc.latest_rtt(),
             ecn_events: self.cc.ecn_events(),
             key_updates: self.key_updates.as_ref().map_or(0, KeyUpdates::count),
+            bbr_state: bbr.map(|bbr| bbr.state),
+            bandwidth_estimate_bps: bbr.map_or(0, |bbr| bbr.max_bw_bytes_per_s.saturating_mul(8)),
+            inflight_hi_bytes: bbr.and_then(|bbr| bbr.inflight_hi_bytes),
         }
     }
 }
@@ -376,7 +426,8 @@ mod tests {
 
     #[test]
     fn statistics_survive_publication() {
-        let values: [u64; STATS_NUMBERS] = std::array::from_fn(|index| 1000 + index as u64);
+        let mut values: [u64; STATS_NUMBERS] = std::array::from_fn(|index| 1000 + index as u64);
+        values[STATS_NUMBERS - 3] = State::ProbeRtt as u64 + 1;
         assert_eq!(ConnectionStats::from_array(values).to_array(), values);
     }
 }

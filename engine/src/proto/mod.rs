@@ -9,11 +9,13 @@ pub mod bbr;
 pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
+pub(crate) mod credit;
 pub mod crypto;
 pub(crate) mod pacing;
 mod pooling;
 mod qlog;
 pub(crate) mod timers;
+pub(crate) mod tokens;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -23,11 +25,13 @@ use std::time::{Duration, Instant};
 
 use quinn_proto::{
     ClientConfig, Connection, ConnectionHandle, DatagramEvent, EcnCodepoint, Endpoint,
-    EndpointConfig, Event, ServerConfig, Side, Transmit,
+    EndpointConfig, Event, ServerConfig, Side, Transmit, ValidationTokenConfig,
 };
 
 use crate::app::{ConnId, Incoming};
-use crate::config::{RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig};
+use crate::config::{
+    HANDSHAKE_STEPS_MAX, RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
+};
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
 use crate::metrics::{ShardCounters, ShardMetrics};
@@ -52,6 +56,7 @@ pub(crate) struct QuicIdentity {
     pub(crate) client: Option<Arc<dyn quinn_proto::crypto::ClientConfig>>,
     pub(crate) token_key: Option<Arc<dyn quinn_proto::crypto::HandshakeTokenKey>>,
     pub(crate) reset_key: Option<Arc<dyn quinn_proto::crypto::HmacKey>>,
+    pub(crate) tokens: tokens::Tokens,
 }
 
 /// What the shard must do for one connection after its events were handled.
@@ -80,6 +85,12 @@ pub(crate) struct Protocol {
     generation: u32,
     live: usize,
     handshaking: usize,
+    /// Of `live`, those that are closed and only drain.
+    closing: usize,
+    /// Handshake steps that may still be taken now.
+    handshake_steps_left: usize,
+    /// Something waits for the next turn's steps.
+    handshakes_held_back: bool,
     touched: Vec<u32>,
     tx_queue: VecDeque<u32>,
     pub(crate) responses: VecDeque<Response>,
@@ -148,13 +159,23 @@ impl Protocol {
             });
         let server = identity.server.map(|crypto| {
             let token_key = identity.token_key.clone().unwrap_or_else(|| random_token_key(&seed));
+            let (inner, used) = (token_key, identity.tokens.retries.clone());
+            let token_key = Arc::new(tokens::OnceKey { inner, used });
             let mut server = ServerConfig::new(crypto, token_key);
+            let mut new_tokens = ValidationTokenConfig::default();
+            new_tokens
+                .sent(config.new_tokens)
+                .lifetime(Duration::from_secs(config.new_token_lifetime_s))
+                .log(identity.tokens.log.clone());
+            server
+                .validation_token_config(new_tokens)
+                .retry_token_lifetime(tokens::RETRY_TOKEN_LIFETIME);
             server.transport_config(transport.clone()).max_incoming(config.incoming_max);
             Arc::new(server)
         });
         let client = identity.client.map(|crypto| {
             let mut client = ClientConfig::new(crypto);
-            client.transport_config(transport.clone());
+            client.transport_config(transport.clone()).token_store(identity.tokens.store.clone());
             client
         });
         Self {
@@ -165,6 +186,9 @@ impl Protocol {
             generation: 0,
             live: 0,
             handshaking: 0,
+            closing: 0,
+            handshake_steps_left: HANDSHAKE_STEPS_MAX,
+            handshakes_held_back: false,
             touched: Vec::new(),
             tx_queue: VecDeque::new(),
             responses: VecDeque::with_capacity(TX_RESPONSES_QUEUED_MAX),
@@ -200,7 +224,30 @@ impl Protocol {
 
     /// Connections that are neither closed nor draining.
     pub(crate) fn open_connections(&self) -> usize {
-        self.conns.iter().flatten().filter(|conn| !conn.inner.is_closed()).count()
+        self.live - self.closing
+    }
+
+    /// A turn begins: nothing is held back yet.
+    pub(crate) fn begin_handshake_steps(&mut self) {
+        self.handshakes_held_back = false;
+        self.allow_handshake_steps();
+    }
+
+    /// A part of the turn begins that may take [`HANDSHAKE_STEPS_MAX`] steps of handshakes.
+    pub(crate) fn allow_handshake_steps(&mut self) {
+        self.handshake_steps_left = HANDSHAKE_STEPS_MAX;
+    }
+
+    /// Whether this part of the turn may take on what can be a step of a handshake; where it
+    /// may not, more is left for the next turn.
+    pub(crate) fn handshakes_may_go_on(&mut self) -> bool {
+        self.handshakes_held_back |= self.handshake_steps_left == 0;
+        self.handshake_steps_left > 0
+    }
+
+    /// Whether something waits for the next turn's steps.
+    pub(crate) fn handshakes_held_back(&self) -> bool {
+        self.handshakes_held_back
     }
 
     /// Stops accepting clients.
@@ -234,6 +281,9 @@ impl Protocol {
                     Some(conn) => {
                         conn.inner.handle_event(event);
                         conn.rx_since_ack_check = true;
+                        if conn.handshake_deadline.is_some() {
+                            self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
+                        }
                         self.mark_touched(slot as u32);
                     }
                     None => self.counters.rx_drop_unknown_connection += 1,
@@ -434,9 +484,13 @@ impl Protocol {
         }
         debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
         let span = self.span(&connection);
-        self.conns[slot] = Some(Box::new(Conn::new(connection, id, owner, now, deadline, span)));
+        let credit = credit::Credit::new(&self.config, now);
+        let mut conn = Box::new(Conn::new(connection, id, owner, now, deadline, span, credit));
+        conn.age_deadline = self.config.connection_age_max(id.generation).map(|age| now + age);
+        self.conns[slot] = Some(conn);
         self.live += 1;
         self.handshaking += 1;
+        self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
         self.mark_touched(slot as u32);
         id
     }
@@ -561,6 +615,11 @@ impl Protocol {
             return Some((id, owner, AppEvent::Quic(event)));
         }
         conn.touched = false;
+        // Whatever closes a connection touches it.
+        if !conn.closing && conn.inner.is_closed() {
+            conn.closing = true;
+            self.closing += 1;
+        }
         if conn.drained {
             let (reported, pool_entry) = (conn.closed_reported, conn.pool_entry);
             self.remove(slot);
@@ -599,6 +658,7 @@ impl Protocol {
         if let Some(conn) = self.conns[slot as usize].take() {
             tracing::debug!(parent: &conn.span, "gone");
             self.live -= 1;
+            self.closing -= usize::from(conn.closing);
             if conn.handshake_deadline.is_some() {
                 self.handshaking -= 1;
             }
@@ -635,15 +695,17 @@ impl Protocol {
     }
 
     /// Runs every timer that is due; its connections are touched.
-    /// Returns the handshakes that took too long: the caller reports them.
-    pub(crate) fn expire(&mut self, now: Instant, too_slow: &mut Vec<ConnId>) {
+    /// Returns the handshakes that took too long and the connections that are too old: the caller
+    /// ends them.
+    pub(crate) fn expire(&mut self, now: Instant, overdue: &mut Vec<ConnId>) {
         let mut expired = std::mem::take(&mut self.expired);
         self.timers.expire(now, &mut expired, crate::config::TIMERS_PER_TURN_MAX);
         for slot in expired.drain(..) {
             let Some(conn) = &mut self.conns[slot as usize] else { continue };
             conn.inner.handle_timeout(now);
-            if conn.handshake_deadline.is_some_and(|deadline| deadline <= now) {
-                too_slow.push(conn.id);
+            let ends = [conn.handshake_deadline, conn.age_deadline];
+            if ends.into_iter().flatten().any(|deadline| deadline <= now) {
+                overdue.push(conn.id);
             }
             self.mark_touched(slot);
         }

@@ -101,10 +101,11 @@ impl Protocol {
         }
     }
 
-    /// Whether early data was accepted; `None` while the handshake goes on or without early data.
+    /// Whether the server accepted our early data; `None` while the handshake goes on, without early
+    /// data, and on servers, which would not have read it.
     pub(crate) fn early_data_accepted(&self, id: ConnId) -> Option<bool> {
         let connection = self.connection(id)?;
-        let is_over = !connection.is_handshaking() && connection.has_0rtt();
-        is_over.then(|| connection.accepted_0rtt())
+        let was_sent = connection.side().is_client() && connection.has_0rtt();
+        (was_sent && !connection.is_handshaking()).then(|| connection.accepted_0rtt())
     }
 }

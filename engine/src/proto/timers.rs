@@ -78,18 +78,18 @@ impl TimerWheel {
     }
 
     /// Moves time to `now` and appends every key whose deadline has come to `expired`.
-    /// At most `limit` keys: the rest come with the next call.
+    /// Looks at most at `limit` entries, due or to be filed anew: the rest come with the next call.
     pub(crate) fn expire(&mut self, now: Instant, expired: &mut Vec<u32>, limit: usize) {
         let target = now.saturating_duration_since(self.origin).as_nanos() as u64 >> TICK_NS_LOG2;
-        let full = expired.len() + limit;
+        let mut left = limit;
         while let Some(tick) = self.next_filed_tick() {
-            if tick > target || expired.len() >= full {
+            if tick > target || left == 0 {
                 break;
             }
             self.now_tick = self.now_tick.max(tick);
-            self.sweep(tick, expired, full);
+            left = self.sweep(tick, expired, left);
         }
-        if expired.len() < full {
+        if left > 0 {
             self.now_tick = self.now_tick.max(target);
         }
     }
@@ -116,8 +116,8 @@ impl TimerWheel {
         best
     }
 
-    /// Empties the buckets that begin at `tick` on every level.
-    fn sweep(&mut self, tick: u64, expired: &mut Vec<u32>, full: usize) {
+    /// Empties the buckets that begin at `tick` on every level; returns what is left of the limit.
+    fn sweep(&mut self, tick: u64, expired: &mut Vec<u32>, mut left: usize) -> usize {
         for level in (0..LEVELS).rev() {
             let shift = BUCKETS_LOG2 * level as u32;
             let bucket = ((tick >> shift) & (BUCKETS as u64 - 1)) as usize;
@@ -125,7 +125,8 @@ impl TimerWheel {
                 continue;
             }
             let mut key = self.heads[level][bucket];
-            while key != NIL && expired.len() < full {
+            while key != NIL && left > 0 {
+                left -= 1;
                 let next = self.entries[key as usize].next;
                 self.unlink(key);
                 let deadline_tick = self.entries[key as usize].deadline_tick;
@@ -138,6 +139,7 @@ impl TimerWheel {
                 key = next;
             }
         }
+        left
     }
 
     fn link(&mut self, key: u32, tick: u64) {
@@ -252,10 +254,61 @@ mod tests {
             wheel.set(key, start + Duration::from_millis(1));
         }
         let mut keys = Vec::new();
-        wheel.expire(start + Duration::from_millis(2), &mut keys, 4);
-        assert_eq!(keys.len(), 4);
+        // Each is looked at twice: filed anew when its bucket comes, then due.
+        for calls in 1..=4 {
+            wheel.expire(start + Duration::from_millis(2), &mut keys, 4);
+            assert!(keys.len() <= 4 * calls, "{} after {calls} calls", keys.len());
+        }
+        assert!(!keys.is_empty() && keys.len() < 10, "{} after 16 looks at 10 keys", keys.len());
         wheel.expire(start + Duration::from_millis(2), &mut keys, 100);
         assert_eq!(keys.len(), 10);
+    }
+
+    #[test]
+    fn a_full_bucket_is_moved_in_parts() {
+        let start = Instant::now();
+        let mut wheel = TimerWheel::new(start);
+        for key in 0..10_000 {
+            // One bucket of a high level; their true places are apart.
+            wheel.set(
+                key,
+                start + Duration::from_millis(20_100) + Duration::from_micros(key.into()),
+            );
+        }
+        let moved = |wheel: &TimerWheel| {
+            wheel.entries.iter().filter(|entry| usize::from(entry.bucket) < 3 * BUCKETS).count()
+        };
+        let (mut keys, at) = (Vec::new(), start + Duration::from_millis(20_099));
+        for calls in 1..=3 {
+            wheel.expire(at, &mut keys, 100);
+            assert_eq!((moved(&wheel), keys.len()), (calls * 100, 0));
+        }
+        assert!(wheel.next_deadline().is_some_and(|next| next <= at), "the rest is due now");
+    }
+
+    #[test]
+    fn a_hundred_thousand_timers_cost_a_few_visits_each() {
+        const TIMERS: usize = 100_000;
+        const LIMIT: usize = 128;
+        let start = Instant::now();
+        let mut wheel = TimerWheel::new(start);
+        for key in 0..TIMERS as u32 {
+            // Keep-alives of 15 s, spread as 1000 handshakes a second spread them, and moved once.
+            wheel.set(key, start + Duration::from_millis(15_000 + u64::from(key)));
+            wheel.set(key, start + Duration::from_millis(30_000 + u64::from(key)));
+        }
+        let (mut fired, mut calls, mut keys) = (0, 0, Vec::new());
+        let end = start + Duration::from_secs(140);
+        while fired < TIMERS {
+            wheel.expire(end, &mut keys, LIMIT);
+            calls += 1;
+            fired += keys.len();
+            keys.clear();
+            assert!(
+                calls * LIMIT <= TIMERS * (2 * LEVELS + 1),
+                "{fired} fired after {calls} calls"
+            );
+        }
     }
 
     #[test]

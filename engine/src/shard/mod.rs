@@ -19,9 +19,11 @@
 //! the same over rings, sockets and the simulator.
 
 pub(crate) mod mailbox;
+mod overdue;
 mod pool;
 pub(crate) mod worker;
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,8 +34,8 @@ use quinn_proto::{Event, StreamEvent, VarInt};
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
-    MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX,
-    RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    CLOSES_PER_TURN_MAX, MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX,
+    RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -64,6 +66,8 @@ struct Ending {
     /// Draining is given up then.
     end_at: Instant,
     closed: bool,
+    /// Connections that are not yet told.
+    to_close: Vec<ConnId>,
 }
 
 /// The other shards of the engine, for packets that arrived at the wrong one.
@@ -84,10 +88,12 @@ pub struct Shard<D: Datapath, C: Clock> {
     siblings: Siblings,
     woken: Vec<usize>,
     rx: RxBatch,
+    /// The rest of a batch whose handshakes took their share of the turn; at most one batch.
+    unhandled: VecDeque<RxDatagram>,
     scratch: Vec<u8>,
     /// Distinct per packet: congestion control tells packets apart by it.
     stamp: Instant,
-    too_slow: Vec<ConnId>,
+    overdue: Vec<ConnId>,
     ending: Option<Ending>,
     failed: Option<String>,
     /// Attempts that the pools may still start in this turn.
@@ -126,10 +132,11 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             siblings,
             woken: Vec::new(),
             rx: RxBatch::new(RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES),
+            unhandled: VecDeque::with_capacity(RX_BATCH_DATAGRAMS_MAX),
             // Reserved up front: poll_transmit must never move it (ARCHITECTURE, decision 9).
             scratch: Vec::with_capacity(usize::from(u16::MAX) + 1),
             stamp: now,
-            too_slow: Vec::new(),
+            overdue: Vec::new(),
             ending: None,
             failed: None,
             pool_connects_left: 0,
@@ -154,16 +161,29 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     // --- in ---------------------------------------------------------------------------
 
     /// RX ring → slab → the owner's connection. The batch is handled whole before anything is sent.
+    /// What handshakes left of the last batch comes before a new one: packets keep their order.
     fn receive(&mut self, now: Instant) -> bool {
-        self.datapath.receive(now, &mut self.rx);
-        let mut worked = !self.rx.is_empty();
-        if worked {
+        self.proto.begin_handshake_steps();
+        let mut worked = !self.unhandled.is_empty();
+        let cids = self.siblings.cids.table();
+        while self.proto.handshakes_may_go_on() {
+            let Some(datagram) = self.unhandled.pop_front() else { break };
+            self.route(now, &cids, datagram);
+        }
+        if self.unhandled.is_empty() {
+            self.datapath.receive(now, &mut self.rx);
+        }
+        if !self.rx.is_empty() {
+            worked = true;
             self.metrics.rx_batch.record(self.rx.len() as u64);
         }
         let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
-        let cids = self.siblings.cids.table();
         for datagram in batch.drain() {
-            self.route(now, &cids, datagram);
+            if self.proto.handshakes_may_go_on() {
+                self.route(now, &cids, datagram);
+            } else {
+                self.unhandled.push_back(datagram);
+            }
         }
         self.rx = batch;
         for shard in self.woken.drain(..) {
@@ -213,6 +233,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn drain_mailbox(&mut self, now: Instant) -> bool {
         let mut worked = false;
         for _ in 0..RX_BATCH_DATAGRAMS_MAX {
+            if !self.proto.handshakes_may_go_on() {
+                break;
+            }
             let Some(datagram) = self.mailbox.pop_datagram() else { break };
             self.proto.counters.rx_taken_over += 1;
             worked = true;
@@ -222,14 +245,22 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.metrics.mailbox_wait_ns.record_duration(wait);
         }
         // Each kind has its share of the turn: busy handles cannot hold back a connect or a shutdown.
+        self.proto.allow_handshake_steps();
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
+            if !self.proto.handshakes_may_go_on() {
+                break;
+            }
             let Some(notice) = self.mailbox.pop_notice() else { break };
             self.proto.counters.commands += 1;
             worked = true;
             self.handles
                 .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), notice);
         }
+        self.proto.allow_handshake_steps();
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
+            if !self.proto.handshakes_may_go_on() {
+                break;
+            }
             let Some(command) = self.mailbox.pop() else { break };
             self.proto.counters.commands += 1;
             worked = true;
@@ -240,13 +271,13 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     /// Loss detection, idle and pacing timers, the application's, the shutdown's.
     fn expire_timers(&mut self, now: Instant) -> bool {
-        let mut too_slow = std::mem::take(&mut self.too_slow);
-        self.proto.expire(now, &mut too_slow);
-        let mut worked = !too_slow.is_empty();
-        for conn in too_slow.drain(..) {
-            self.give_up_handshake(now, conn);
+        let mut overdue = std::mem::take(&mut self.overdue);
+        self.proto.expire(now, &mut overdue);
+        let mut worked = !overdue.is_empty();
+        for conn in overdue.drain(..) {
+            self.end_overdue(now, conn);
         }
-        self.too_slow = too_slow;
+        self.overdue = overdue;
         while let Some((owner, token)) = self.proto.pop_app_timer(now) {
             worked = true;
             self.call(now, owner, None, |app, cx| app.handle_timer(cx, token));
@@ -304,16 +335,21 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 self.proto.handshake_over(conn);
                 self.tell_closed(now, conn, owner, &reason.into());
             }
-            Event::Stream(event) => self.call(now, owner, Some(conn), |app, cx| match event {
-                StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
-                StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
-                StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
-                StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
-                StreamEvent::Stopped { id, error_code } => {
-                    app.handle_stopped(cx, conn, id, error_code);
+            Event::Stream(event) => {
+                if let StreamEvent::Opened { dir } = event {
+                    self.proto.note_streams_opened(now, conn, dir);
                 }
-                StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
-            }),
+                self.call(now, owner, Some(conn), |app, cx| match event {
+                    StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
+                    StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
+                    StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
+                    StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
+                    StreamEvent::Stopped { id, error_code } => {
+                        app.handle_stopped(cx, conn, id, error_code);
+                    }
+                    StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
+                })
+            }
             Event::DatagramReceived => {
                 self.call(now, owner, Some(conn), |app, cx| app.handle_datagrams(cx, conn));
             }
@@ -426,6 +462,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.scratch.clear();
             let gate = conn.gate(now);
             let mut polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
+            conn.note_attempt(gate, polled.is_some());
             if polled.is_none() && gate != Gate::Open && conn.open_for_owed_ack(now) {
                 self.scratch.clear();
                 polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
@@ -475,7 +512,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let counters = &mut self.proto.counters;
         counters.turns += 1;
         if worked {
-            counters.busy_ns += (self.clock.now() - now).as_nanos() as u64;
+            let took = self.clock.now() - now;
+            counters.busy_ns += took.as_nanos() as u64;
+            self.metrics.turn_ns.record_duration(took);
         } else {
             counters.turns_idle += 1;
         }
@@ -497,7 +536,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         Turn {
             worked,
             more: (self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0)
-                || self.proto.pools_have_connects(),
+                || self.proto.pools_have_connects()
+                || self.proto.handshakes_held_back()
+                || self.ending.as_ref().is_some_and(|ending| !ending.to_close.is_empty()),
             deadline,
             ended: self.has_ended(now),
         }
@@ -552,23 +593,6 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         }
     }
 
-    fn give_up_handshake(&mut self, now: Instant, id: ConnId) {
-        let timeout_ms = self.proto.config().handshake_timeout_ms;
-        let Some(conn) = self.proto.conn_in_slot(id.slot).filter(|conn| conn.id == id) else {
-            return;
-        };
-        if !conn.inner.is_handshaking() {
-            return;
-        }
-        let owner = conn.owner;
-        let remote = crate::proto::v6(conn.inner.remote_address());
-        conn.inner.close(now, VarInt::from_u32(0), Bytes::from_static(b"handshake timeout"));
-        self.proto.counters.handshakes_timed_out += 1;
-        self.proto.handshake_over(id);
-        let reason = ConnectionError::HandshakeTimedOut { remote, timeout_ms };
-        self.tell_closed(now, id, owner, &reason);
-    }
-
     // --- the end ------------------------------------------------------------------------
 
     fn begin_ending(&mut self, now: Instant, order: ShutdownOrder) {
@@ -582,7 +606,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             return;
         }
         let end_at = close_at + DRAIN_MAX;
-        self.ending = Some(Ending { order, close_at, end_at, closed: false });
+        self.ending = Some(Ending { order, close_at, end_at, closed: false, to_close: Vec::new() });
         self.advance_ending(now);
     }
 
@@ -590,13 +614,20 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let Some(ending) = &mut self.ending else { return };
         // Connections that only drain (RFC 9000 §10.2) have nothing left to say.
         let idle = self.proto.open_connections() == 0;
-        if ending.closed || (now < ending.close_at && !idle) {
+        if !ending.closed {
+            if now < ending.close_at && !idle {
+                return;
+            }
+            ending.closed = true;
+            ending.to_close = self.proto.ids().collect();
+        }
+        if ending.to_close.is_empty() {
             return;
         }
-        ending.closed = true;
         ending.end_at = now + DRAIN_MAX;
         let (code, reason) = (ending.order.code, ending.order.reason.clone());
-        let ids: Vec<ConnId> = self.proto.ids().collect();
+        let kept = ending.to_close.len().saturating_sub(CLOSES_PER_TURN_MAX);
+        let ids = ending.to_close.split_off(kept);
         let (mut connections, mut streams) = (0, 0);
         for id in ids {
             if let Some(connection) = self.proto.touch(id).filter(|conn| !conn.is_closed()) {
@@ -614,7 +645,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         match &self.ending {
             // The close packets were sent by this turn's flush; peers that miss them time out.
             Some(ending) => {
-                ending.closed && (self.proto.tx_queue_len() == 0 || now >= ending.end_at)
+                ending.closed
+                    && ending.to_close.is_empty()
+                    && (self.proto.tx_queue_len() == 0 || now >= ending.end_at)
             }
             None => false,
         }
@@ -623,6 +656,11 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Why the datapath gave up, if it did.
     pub(crate) fn failure(&self) -> Option<&str> {
         self.failed.as_deref()
+    }
+
+    /// The protocol, for observers in virtual time.
+    pub(crate) fn protocol(&self) -> &Protocol {
+        &self.proto
     }
 
     pub(crate) fn clock(&self) -> &C {

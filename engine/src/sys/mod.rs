@@ -10,6 +10,7 @@ pub(crate) mod cursor;
 pub(crate) mod ethtool;
 pub(crate) mod ipsec_mb;
 pub(crate) mod mmap;
+pub(crate) mod numa;
 pub(crate) mod raw_array;
 pub(crate) mod udp;
 pub(crate) mod udp_receive;

@@ -18,8 +18,14 @@ struct Shared {
     stop: AtomicBool,
     rebindings_wanted: AtomicU64,
     rebindings: AtomicU64,
-    /// First bytes of the short headers that the client sent, its destination connection IDs.
-    seen: Mutex<BTreeSet<Vec<u8>>>,
+    /// Destination connection IDs of short headers that the client sent.
+    from_client: Mutex<BTreeSet<Vec<u8>>>,
+    /// The client's Initial packets (RFC 9000 §17.2.2).
+    initials: Mutex<Vec<Vec<u8>>>,
+    replay: AtomicU64,
+    replayed: AtomicU64,
+    /// Those that the server sent.
+    from_server: Mutex<BTreeSet<Vec<u8>>>,
 }
 
 /// The relay; its thread ends with it.
@@ -66,9 +72,23 @@ impl Relay {
         self.shared.rebindings.load(Ordering::Relaxed)
     }
 
+    /// Sends every Initial of the client so far once more, from the address in use; their number.
+    pub fn replay_initials(&self) -> usize {
+        let wanted = self.shared.replay.fetch_add(1, Ordering::Relaxed) + 1;
+        while self.shared.replayed.load(Ordering::Relaxed) < wanted {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.shared.initials.lock().expect("not poisoned").len()
+    }
+
     /// Destination connection IDs of the client's 1-RTT packets so far.
     pub fn cids(&self) -> BTreeSet<Vec<u8>> {
-        self.shared.seen.lock().expect("not poisoned").clone()
+        self.shared.from_client.lock().expect("not poisoned").clone()
+    }
+
+    /// Those of the server's 1-RTT packets.
+    pub fn cids_of_server(&self) -> BTreeSet<Vec<u8>> {
+        self.shared.from_server.lock().expect("not poisoned").clone()
     }
 }
 
@@ -101,6 +121,7 @@ impl Worker {
         while !self.shared.stop.load(Ordering::Relaxed) {
             let mut worked = self.forward(&mut buffer);
             worked |= self.back(&mut buffer);
+            self.replay_if_told();
             if !worked {
                 std::thread::sleep(Duration::from_micros(50));
             }
@@ -113,7 +134,11 @@ impl Worker {
             let Some((len, from)) = receive(&self.front, buffer) else { break };
             worked = true;
             self.client = Some(from);
-            self.note(&buffer[..len]);
+            self.note(&buffer[..len], &self.shared.from_client);
+            if buffer[0] & 0b1011_0000 == 0b1000_0000 {
+                let mut initials = self.shared.initials.lock().expect("not poisoned");
+                initials.push(buffer[..len].to_vec());
+            }
             self.rebind_if_told();
             let binding = self.bindings.last().expect("one is in use");
             // A full socket buffer loses the datagram, as a NAT would.
@@ -128,6 +153,7 @@ impl Worker {
             for _ in 0..64 {
                 let Some((len, _)) = receive(binding, buffer) else { break };
                 worked = true;
+                self.note(&buffer[..len], &self.shared.from_server);
                 if let Some(client) = self.client {
                     let _lost = self.front.send_to(&buffer[..len], client);
                 }
@@ -136,15 +162,28 @@ impl Worker {
         worked
     }
 
-    fn note(&self, datagram: &[u8]) {
-        if datagram[0] & 0x80 == 0
+    fn note(&self, datagram: &[u8], seen: &Mutex<BTreeSet<Vec<u8>>>) {
+        if datagram.first().is_some_and(|first| first & 0x80 == 0)
             && let Some(cid) = datagram.get(1..1 + self.cid_bytes)
         {
-            let mut seen = self.shared.seen.lock().expect("not poisoned");
+            let mut seen = seen.lock().expect("not poisoned");
             if !seen.contains(cid) {
                 seen.insert(cid.to_vec());
             }
         }
+    }
+
+    fn replay_if_told(&self) {
+        if self.shared.replayed.load(Ordering::Relaxed)
+            == self.shared.replay.load(Ordering::Relaxed)
+        {
+            return;
+        }
+        let binding = self.bindings.last().expect("one is in use");
+        for initial in self.shared.initials.lock().expect("not poisoned").iter() {
+            binding.send_to(initial, self.server).expect("sent");
+        }
+        self.shared.replayed.fetch_add(1, Ordering::Relaxed);
     }
 
     fn rebind_if_told(&mut self) {

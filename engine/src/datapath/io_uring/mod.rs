@@ -108,6 +108,11 @@ impl IoUringDatapath {
         self.socket.shortfalls()
     }
 
+    /// The kernel socket, for what concerns all sockets of a port.
+    pub(crate) fn udp_socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     fn enter(&mut self) {
         self.counters.system_calls += 1;
         if let Err(error) = self.ring.enter() {

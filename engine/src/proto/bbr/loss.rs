@@ -33,10 +33,15 @@ pub(super) struct Congestion {
     lost_ranges_in_round: u32,
     last_lost: Option<u64>,
     delivered_at_first_loss: u64,
+    max_bw_at_first_loss: u64,
     /// The loss round that has just ended had too much loss for Startup.
     pub(super) startup_loss_too_high: bool,
     /// Since when the path has been in persistent congestion (RFC 9002 §7.6).
     pub(super) recovery_start_ns: Option<u64>,
+    /// When loss ended Startup. What was sent until then and is found lost later is part of what
+    /// has been answered, as in a recovery period (RFC 9002 §7.3.2): Startup overshoots for a
+    /// round trip, and the rate meanwhile is Drain's, half of the path's.
+    pub(super) startup_answered_ns: u64,
     pub(super) ecn: Ecn,
 }
 
@@ -73,8 +78,10 @@ impl Congestion {
             lost_ranges_in_round: 0,
             last_lost: None,
             delivered_at_first_loss: 0,
+            max_bw_at_first_loss: 0,
             startup_loss_too_high: false,
             recovery_start_ns: None,
+            startup_answered_ns: 0,
             ecn: Ecn {
                 in_round: false,
                 alpha: ALPHA_ONE,
@@ -136,7 +143,9 @@ impl Bbr {
             return;
         }
         self.congestion.startup_loss_too_high = self.is_startup_loss_too_high();
-        if !self.state.is_probing_bw() {
+        // In ProbeRTT the rate is of our own making: a bound learnt from it would shrink the
+        // window of ProbeRTT itself, which follows `bw`, and is forgotten at its end anyway.
+        if !self.state.is_probing_bw() && self.state != State::ProbeRtt {
             self.adapt_lower_bounds();
         }
         self.congestion.loss_in_round = false;
@@ -144,11 +153,18 @@ impl Bbr {
     }
 
     /// The last round lost more than the threshold, in enough separate places.
+    ///
+    /// And the estimate did not grow meanwhile, which the drafts do not ask for: a full pipe was
+    /// full for most of a round trip before its first loss is seen and delivers little more
+    /// after. Small rounds at 1 % of random loss have 2 % and three losses every now and then (seen: one flow
+    /// in eight), and a flow that leaves Startup at a fraction of the path's
+    /// rate needs minutes for the rest.
     fn is_startup_loss_too_high(&self) -> bool {
         let c = &self.congestion;
         let delivered = self.sampler.delivered - c.delivered_at_first_loss;
         c.loss_in_round
             && c.lost_ranges_in_round >= self.params.startup_full_loss_count
+            && self.max_bw.max() < scale(c.max_bw_at_first_loss, self.params.full_bw_growth_milli)
             && c.lost_in_round > scale(c.lost_in_round + delivered, self.params.loss_thresh_milli)
     }
 
@@ -202,9 +218,11 @@ impl Bbr {
 
     /// One loss detection: `bytes` lost among the packets sent until `sent_ns`.
     pub(super) fn handle_loss(&mut self, now_ns: u64, sent_ns: u64, bytes: u64, persistent: bool) {
-        self.note_congestion();
-        self.congestion.loss_in_round = true;
-        self.congestion.lost_in_round += bytes;
+        if sent_ns > self.congestion.startup_answered_ns {
+            self.note_congestion();
+            self.congestion.loss_in_round = true;
+            self.congestion.lost_in_round += bytes;
+        }
         let mut scan = self.sampler.start_loss(sent_ns, bytes);
         while let Some(packet) = self.sampler.next_lost(&mut scan) {
             self.handle_lost_packet(now_ns, &packet);
@@ -225,6 +243,7 @@ impl Bbr {
         let c = &mut self.congestion;
         c.loss_round_delivered = self.sampler.delivered;
         c.delivered_at_first_loss = self.sampler.delivered;
+        c.max_bw_at_first_loss = self.max_bw.max();
         c.lost_in_round = 0;
         c.lost_ranges_in_round = 0;
         c.last_lost = None;

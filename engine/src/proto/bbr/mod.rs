@@ -178,6 +178,8 @@ pub struct Bbr {
     drain_start_round: u64,
     idle_restart: bool,
     resume: Resume,
+    /// The remembered bandwidth that a jump aimed at, bytes/s, until it is reached.
+    resume_rate: Option<u64>,
     batch: Batch,
     limited: Limited,
     // The control parameters.
@@ -223,6 +225,7 @@ impl Bbr {
             drain_start_round: 0,
             idle_restart: false,
             resume: Resume::new(config.resume),
+            resume_rate: None,
             batch: Batch::default(),
             limited: Limited::default(),
             cwnd: initial_window,
@@ -319,7 +322,7 @@ impl Bbr {
         self.update_congestion_signals(now_ns);
         self.update_ack_aggregation(now_ns, rs);
         self.check_full_bw_reached(rs);
-        self.check_startup_done();
+        self.check_startup_done(now_ns);
         self.check_drain_done(now_ns);
         self.update_probe_bw(now_ns, rs);
         self.update_min_rtt(now_ns, rs);

@@ -12,9 +12,13 @@
 use std::time::Duration;
 
 use super::Bbr;
-use super::model::{NS_PER_S, mul_div, volume};
+use super::model::{NS_PER_S, mul_div, scale, volume};
 use super::sampler::RateSample;
 use super::state::State;
+
+/// Share of the remembered rate at which a resumed flow counts as arrived: the estimate counts
+/// QUIC packets, and a user may have counted their headers.
+const REMEMBERED_RATE_REACHED_MILLI: u32 = 950;
 
 /// What is remembered of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +56,7 @@ impl Resume {
 impl Bbr {
     /// Once per ACK, after the control parameters were set.
     pub(super) fn resume_on_ack(&mut self, now_ns: u64, rs: &RateSample) {
+        self.end_startup_at_remembered_rate();
         match self.resume {
             Resume::Off => {}
             Resume::Reconnaissance(seed) => self.try_jump(now_ns, &seed, rs),
@@ -75,13 +80,27 @@ impl Bbr {
         }
     }
 
+    /// A flow that jumped is at the path's rate when it is at the remembered one. Three more
+    /// rounds of doubling to see the plateau would overflow the queue; ProbeBW finds what is more.
+    fn end_startup_at_remembered_rate(&mut self) {
+        let Some(remembered) = self.resume_rate else { return };
+        if self.state == State::Startup
+            && self.max_bw.max() >= scale(remembered, REMEMBERED_RATE_REACHED_MILLI)
+        {
+            self.full.reached = true;
+            self.full.now = true;
+            self.resume_rate = None;
+        }
+    }
+
     fn try_jump(&mut self, now_ns: u64, seed: &ResumeSeed, rs: &RateSample) {
         if self.state != State::Startup {
             self.resume = Resume::Off;
             return;
         }
+        // Whether data waits now; the samples are of packets of the handshake, all marked.
         let enough = self.sampler.delivered >= self.initial_window;
-        if !rs.has_data || !enough || rs.app_limited || !self.is_cwnd_limited() {
+        if !rs.has_data || !enough || self.probe.is_app_limited(false) {
             return;
         }
         self.resume = Resume::Off;
@@ -95,6 +114,7 @@ impl Bbr {
             return;
         }
         self.cwnd = jump;
+        self.resume_rate = Some(seed.bandwidth_bytes_per_s);
         self.pacing_rate = self.pacing_rate.max(mul_div(jump, NS_PER_S, rtt_ns.max(1)));
         self.set_pacing_rate();
         self.resume = Resume::Unvalidated { started_ns: now_ns, jump, pipe: self.in_flight() };

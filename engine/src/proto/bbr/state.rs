@@ -47,7 +47,7 @@ impl State {
         }
     }
 
-    pub(super) fn from_index(index: u8) -> Self {
+    pub(crate) fn from_index(index: u8) -> Self {
         const STATES: [State; 7] = [
             State::Startup,
             State::Drain,
@@ -197,12 +197,13 @@ impl Bbr {
 
     /// `CheckStartupDone`. The loss exit looks at no app-limited flag: loss is
     /// loss, whoever limited the rate.
-    pub(super) fn check_startup_done(&mut self) {
+    pub(super) fn check_startup_done(&mut self, now_ns: u64) {
         if self.state != State::Startup {
             return;
         }
         if !self.full.reached && self.congestion.startup_loss_too_high {
             self.undo.state = Some(State::Startup);
+            self.congestion.startup_answered_ns = now_ns;
             self.leave_startup_at(self.bdp().max(self.congestion.inflight_latest));
         } else if !self.full.reached && self.congestion.ecn.is_startup_done(&self.params) {
             self.leave_startup_at(self.bdp());
@@ -364,6 +365,12 @@ impl Bbr {
             }
             return self.full.now;
         }
+        if self.is_cwnd_limited() && self.cwnd >= self.inflight_hi {
+            // As in v3: the bound, not the path, is what this probe meets. Flows that share a
+            // standing queue all have 1.25 BDP in flight before they probe; were that the end of
+            // it, no bound would ever move and the first flow would keep the most.
+            return false;
+        }
         let elapsed = now_ns > self.cycle.stamp_ns.saturating_add(self.min_rtt.min_rtt_ns);
         // Within a packet: on a tiny path the target is the window itself, which
         // in-flight touches but never passes.
@@ -456,7 +463,14 @@ impl Bbr {
 
     /// `CheckProbeRTT`.
     pub(super) fn check_probe_rtt(&mut self, now_ns: u64, rs: &RateSample) {
-        if self.state != State::ProbeRtt && self.min_rtt.probe_expired && !self.idle_restart {
+        // Startup that data drives has not filled the pipe: there is no queue to look behind,
+        // and on a path of 600 ms the look costs a second of doubling. It ends soon by itself.
+        let is_growing = self.state == State::Startup && !rs.app_limited;
+        if self.state != State::ProbeRtt
+            && self.min_rtt.probe_expired
+            && !self.idle_restart
+            && !is_growing
+        {
             self.save_cwnd();
             self.state = State::ProbeRtt;
             self.probe_rtt = ProbeRtt::default();

@@ -3,6 +3,9 @@
 //! A [`SimHost`] is a real shard (its `turn` is the one that runs over AF_XDP) on a
 //! [`SimDatapath`], driven by [`run`](crate::datapath::sim::run) in one thread.
 
+mod runner;
+mod workload;
+
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,6 +26,8 @@ use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings};
+
+pub use runner::{RunError, Sample, ScenarioRun, run_scenario};
 
 /// What a simulated host is made of.
 pub struct SimHostConfig {
@@ -79,6 +84,7 @@ impl SimHost {
                     client: setup.client,
                     token_key: None,
                     reset_key: None,
+                    tokens: Default::default(),
                 },
                 cids: cids.clone(),
                 shard: 0,
@@ -130,6 +136,20 @@ impl SimHost {
     #[must_use]
     pub fn datapath_counters(&self) -> crate::datapath::DatapathCounters {
         self.metrics.datapath()
+    }
+
+    /// Statistics of the host's first connection, while there is one.
+    #[must_use]
+    pub fn connection_stats(&self) -> Option<crate::proto::ConnectionStats> {
+        let proto = self.shard.protocol();
+        proto.ids().next().and_then(|id| proto.stats(id))
+    }
+
+    /// BBR's state on the host's first connection.
+    #[must_use]
+    pub fn bbr_state(&self) -> Option<crate::proto::bbr::State> {
+        let proto = self.shard.protocol();
+        proto.ids().next().and_then(|id| proto.conn(id)).and_then(crate::proto::Conn::bbr_state)
     }
 
     /// Whether the shard has ended after [`shut_down`](Self::shut_down).

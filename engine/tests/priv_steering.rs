@@ -1,0 +1,302 @@
+//! Steering over veth, with the kernel's help and without: a NAT changes ports and addresses in
+//! mid-transfer, and every packet finds its shard. Needs root.
+
+mod common;
+#[path = "common/pair.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod pair;
+#[path = "common/relay.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod relay;
+
+use std::collections::BTreeMap;
+use std::net::{Ipv6Addr, SocketAddrV6, UdpSocket};
+
+use common::netns::{Netns, veth_with_queues, wait_until};
+use pair::{NAME, PATIENCE, Watchdog, counters, identity};
+use pollster::block_on;
+use relay::Relay;
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use stoq::config::TransportConfig;
+use stoq::connection::Connection;
+use stoq::datapath::choice::DatapathChoice;
+use stoq::engine::Engine;
+
+const DEVICE: &str = "veth0";
+const SERVER: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
+/// Addresses that the NAT has towards the server.
+const SOURCES: [Ipv6Addr; 3] = [
+    Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x11),
+    Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x12),
+    Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x13),
+];
+const CLIENTS: usize = 4;
+const REBINDINGS: u64 = 25;
+
+/// Two namespaces, a server with shards in one, clients and their NATs in the other.
+struct Stage {
+    left: Netns,
+    right: Netns,
+    _watchdog: Watchdog,
+}
+
+impl Stage {
+    fn new(test: &'static str, queues: u32) -> Self {
+        let (left, right) = (Netns::new("left"), Netns::new("right"));
+        veth_with_queues((&left, DEVICE), (&right, DEVICE), queues);
+        right.add_address(DEVICE, &format!("{SERVER}/64"));
+        for address in SOURCES {
+            left.add_address(DEVICE, &format!("{address}/64"));
+        }
+        // The kernel fills in whole checksums, as a NIC would.
+        left.exec(&format!("ethtool -K {DEVICE} tx-checksum-ip-generic off"));
+        Self { left, right, _watchdog: Watchdog::new(test) }
+    }
+
+    fn engines(&self, datapath: DatapathChoice, shards: usize) -> (Engine, Engine) {
+        let (server_tls, client_tls) = identity();
+        let config = TransportConfig {
+            bind: SocketAddrV6::new(SERVER, 0, 0, 0),
+            datapath,
+            interface: Some(DEVICE.to_owned()),
+            shards,
+            spin_us: 0,
+            ..TransportConfig::default()
+        };
+        let server = self.right.run(|| Engine::builder().config(config).server(server_tls).start());
+        let client =
+            self.left.run(|| Engine::builder().config(pair::config()).client(client_tls).start());
+        (server.expect("the server starts"), client.expect("the client starts"))
+    }
+
+    fn relay(&self, server: &Engine) -> Relay {
+        self.left
+            .run(|| Relay::start(Ipv6Addr::LOCALHOST, server.local_addr(), SOURCES.to_vec(), 10))
+    }
+}
+
+async fn connect(client: &Engine, server: &Engine, relay: &Relay) -> (Connection, Connection) {
+    let connecting = client.connect(relay.addr, NAME);
+    let incoming = server.accept().await.expect("a client knocks");
+    let (client, server) = futures_util::future::join(connecting, incoming.accept()).await;
+    (client.expect("connected"), server.expect("accepted"))
+}
+
+/// One stream from the client to the server that lasts through all rebindings.
+async fn transfer_through_rebindings(client: &Connection, server: &Connection, relay: &Relay) {
+    const CHUNK_BYTES: usize = 30_000;
+    let mut send = client.open_uni().await.expect("a stream");
+    let mut recv = None;
+    for round in 0..=REBINDINGS {
+        send.write_all(&[round as u8; CHUNK_BYTES]).await.expect("written");
+        if recv.is_none() {
+            recv = Some(server.accept_uni().await.expect("a stream"));
+        }
+        let recv = recv.as_mut().expect("opened with the first chunk");
+        let mut left = CHUNK_BYTES;
+        while left > 0 {
+            let chunk = recv.read_chunk(left).await.expect("received").expect("not the end");
+            assert!(chunk.iter().all(|byte| *byte == round as u8), "round {round} is damaged");
+            left -= chunk.len();
+        }
+        // The next packet of the client comes from elsewhere.
+        relay.rebind();
+    }
+    send.finish().expect("finished");
+    let rest = recv.expect("opened").read_to_end(1).await.expect("the end");
+    assert!(rest.is_empty());
+}
+
+/// Several clients, each behind a NAT that changes its port and address all the time.
+fn survive_rebindings(stage: &Stage, server: &Engine, client: &Engine) {
+    let relays: Vec<Relay> = (0..CLIENTS).map(|_| stage.relay(server)).collect();
+    block_on(async {
+        for relay in &relays {
+            let (near, far) = connect(client, server, relay).await;
+            transfer_through_rebindings(&near, &far, relay).await;
+            assert!(relay.rebindings() >= REBINDINGS, "only {}", relay.rebindings());
+            // The server answers on each new path with a fresh ID (RFC 9000 §9.5); the client,
+            // which does not know of its NAT, cannot.
+            let fresh = relay.cids_of_server().len() as u64;
+            assert!(fresh > REBINDINGS / 2, "{fresh} IDs for {REBINDINGS} paths");
+        }
+    });
+    let counters = counters(server);
+    assert_eq!(counters.accepted, CLIENTS as u64);
+    assert_eq!(counters.rx_drop_no_owner, 0, "{counters:?}");
+    assert_eq!(counters.rx_drop_unknown_connection, 0, "{counters:?}");
+}
+
+fn steered(server: &Engine) -> BTreeMap<&'static str, u64> {
+    let counters = server.steering_counters();
+    let counters = counters.unwrap_or_else(|| panic!("{:?}", server.datapath_reasons()));
+    counters.expect("the kernel answers").into_iter().collect()
+}
+
+/// The kernel's program: no packet ever reaches a shard that does not own it.
+fn no_packet_is_handed_over(test: &'static str, datapath: DatapathChoice) {
+    let stage = Stage::new(test, 4);
+    let (server, client) = stage.engines(datapath, 4);
+    survive_rebindings(&stage, &server, &client);
+    let counters = counters(&server);
+    let steered = steered(&server);
+    assert_eq!(counters.rx_handed_over, 0, "{steered:?} {counters:?}");
+    assert!(steered["steered_by_id"] > CLIENTS as u64 * REBINDINGS, "{steered:?}");
+    assert!(steered["steered_by_hash"] >= CLIENTS as u64, "{steered:?}");
+    assert_eq!(steered["pass_foreign"] + steered["pass_no_socket"], 0, "{steered:?}");
+    assert!(server.prometheus().contains("stoq_steering_packets_total{outcome=\"steered_by_id\"}"));
+    // Rotated keys reach the kernel before the first ID is made with them.
+    let rotated = stoq::config::CidConfig { rotation: 4, ..Default::default() };
+    server.rotate_cids(&rotated).expect("rotated");
+    survive_after_rotation(&stage, &server, &client);
+}
+
+fn survive_after_rotation(stage: &Stage, server: &Engine, client: &Engine) {
+    let relay = stage.relay(server);
+    block_on(async {
+        let (near, far) = connect(client, server, &relay).await;
+        transfer_through_rebindings(&near, &far, &relay).await;
+    });
+    assert!(relay.cids().iter().all(|cid| cid[0] >> 5 == 4));
+    let counters = counters(server);
+    assert_eq!((counters.rx_handed_over, counters.rx_drop_no_owner), (0, 0), "{counters:?}");
+}
+
+#[test]
+fn the_kernel_steers_over_plain_sockets() {
+    no_packet_is_handed_over("the_kernel_steers_over_plain_sockets", DatapathChoice::Socket);
+}
+
+#[test]
+fn the_kernel_steers_over_io_uring() {
+    no_packet_is_handed_over("the_kernel_steers_over_io_uring", DatapathChoice::IoUring);
+}
+
+/// Takes the privilege to load eBPF programs from this thread and those that it starts.
+fn give_up_bpf() {
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_capabilities(None, sets).expect("capabilities can be given up");
+}
+
+#[test]
+fn without_privilege_shards_hand_over() {
+    let stage = Stage::new("without_privilege_shards_hand_over", 4);
+    std::thread::scope(|scope| {
+        let unprivileged = scope.spawn(|| {
+            // Unprivileged eBPF does not exist for this program type, whatever the sysctl says.
+            let (server_tls, client_tls) = identity();
+            let config = TransportConfig {
+                bind: SocketAddrV6::new(SERVER, 0, 0, 0),
+                shards: 4,
+                ..pair::config()
+            };
+            let server = stage.right.run(|| {
+                give_up_bpf();
+                Engine::builder().config(config).server(server_tls).start()
+            });
+            let client = stage
+                .left
+                .run(|| Engine::builder().config(pair::config()).client(client_tls).start());
+            (server.expect("the server starts"), client.expect("the client starts"))
+        });
+        let (server, client) = unprivileged.join().expect("started");
+        assert!(server.steering_counters().is_none());
+        let reasons = server.datapath_reasons().join("; ");
+        assert!(reasons.contains("no steering in the kernel"), "{reasons}");
+        assert!(reasons.contains("cap_bpf"), "{reasons}");
+        survive_rebindings(&stage, &server, &client);
+        let counters = counters(&server);
+        assert!(counters.rx_handed_over > 0, "four sockets, but nothing went astray: {counters:?}");
+        assert_eq!(counters.rx_handed_over, counters.rx_taken_over);
+    });
+}
+
+#[test]
+fn af_xdp_queues_hand_over() {
+    let stage = Stage::new("af_xdp_queues_hand_over", 2);
+    let (server, client) = stage.engines(DatapathChoice::AfXdp, 2);
+    survive_rebindings(&stage, &server, &client);
+    let counters = counters(&server);
+    assert!(counters.rx_handed_over > 0, "two queues, but nothing went astray: {counters:?}");
+    assert_eq!(counters.rx_handed_over, counters.rx_taken_over + counters.rx_drop_handoff_full);
+}
+
+/// Forged, random and truncated packets: counted, dropped, and the connection goes on.
+fn forgeries_reach_nobody(test: &'static str, datapath: DatapathChoice, shards: usize) {
+    const FORGERIES: u64 = 20_000;
+    let stage = Stage::new(test, shards as u32);
+    let (server, client) = stage.engines(datapath, shards);
+    let relay = stage.relay(&server);
+    block_on(async {
+        let (near, far) = connect(&client, &server, &relay).await;
+        transfer_through_rebindings(&near, &far, &relay).await;
+        let real: Vec<u8> = relay.cids().into_iter().next().expect("an ID was seen");
+        let sent = stage.left.run(|| forge(server.local_addr(), &real, FORGERIES));
+        // All of them have arrived or were lost before the shards; none disturbs the connection.
+        transfer_through_rebindings(&near, &far, &relay).await;
+        let before = counters(&server);
+        assert!(before.rx_drop_no_owner > sent / 4, "{before:?}");
+        let accounted = || {
+            let now = counters(&server);
+            now.rx_handed_over == now.rx_taken_over + now.rx_drop_handoff_full
+        };
+        wait_until("every hand-over has ended", PATIENCE, accounted);
+    });
+    let after = counters(&server);
+    assert_eq!(after.accepted, 1, "a forgery became a connection: {after:?}");
+    assert_eq!(after.connections, 1, "{after:?}");
+    // Each may be answered by one stateless packet at most, never by a larger one.
+    assert!(after.tx_stateless + after.tx_drop_responses <= sent_bound(FORGERIES), "{after:?}");
+}
+
+const fn sent_bound(forgeries: u64) -> u64 {
+    forgeries
+}
+
+/// Sends junk to the server: variations of a real ID, random IDs, cut packets, long headers.
+fn forge(server: SocketAddrV6, real: &[u8], count: u64) -> u64 {
+    let socket = UdpSocket::bind((SOURCES[0], 0)).expect("a free port");
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut sent = 0;
+    for index in 0..count {
+        let mut packet: Vec<u8> = std::iter::repeat_with(|| random() as u8).take(60).collect();
+        match index % 4 {
+            // Aimed at another shard: the real ID with other octets of the shard.
+            0 => {
+                packet[0] = 0x40 | packet[0] & 0x3f;
+                packet[1..1 + real.len()].copy_from_slice(real);
+                packet[real.len() - 1] ^= 1 + (random() % 255) as u8;
+            }
+            1 => packet[0] = 0x40 | packet[0] & 0x3f,
+            2 => {
+                packet[0] = 0x40 | packet[0] & 0x3f;
+                packet.truncate((random() % 30) as usize);
+            }
+            // A long header of a version that we speak, with nothing sound behind it.
+            _ => {
+                packet[0] = 0xe0 | packet[0] & 0x0f;
+                packet[1..5].copy_from_slice(&[0, 0, 0, 1]);
+                packet[5] = 10;
+            }
+        }
+        sent += u64::from(socket.send_to(&packet, server).is_ok());
+    }
+    sent
+}
+
+#[test]
+fn forgeries_reach_nobody_over_sockets() {
+    forgeries_reach_nobody("forgeries_reach_nobody_over_sockets", DatapathChoice::Socket, 4);
+}
+
+#[test]
+fn forgeries_reach_nobody_over_af_xdp() {
+    forgeries_reach_nobody("forgeries_reach_nobody_over_af_xdp", DatapathChoice::AfXdp, 2);
+}
