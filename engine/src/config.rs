@@ -471,6 +471,18 @@ impl TransportConfig {
         if let Some(tls) = &self.tls {
             tls.validate()?;
         }
+        if self.cid.lifetime_s != 0
+            && (self.idle_timeout_ms == 0 || self.cid.lifetime_s * 500 <= self.idle_timeout_ms)
+        {
+            return Err(ConfigError {
+                key: "cid.lifetime_s",
+                value: self.cid.lifetime_s.to_string(),
+                allowed: format!(
+                    "0, or more than twice idle_timeout_ms ({}), which must not be 0",
+                    self.idle_timeout_ms
+                ),
+            });
+        }
         if !self.cores.is_empty() && self.cores.len() != self.shards {
             return Err(ConfigError {
                 key: "cores",
