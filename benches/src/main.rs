@@ -5,12 +5,23 @@
 
 mod ca;
 mod client;
+mod compare;
 mod doctor;
 mod engine;
 mod get;
 mod hq;
+// The veth pair of the demo, and its way to end what it started whatever happens.
+#[allow(dead_code)]
+#[path = "../../xtask/src/interrupt.rs"]
+mod interrupt;
+#[allow(dead_code)]
+#[path = "../../xtask/src/netns.rs"]
+mod netns;
 mod output;
 mod perf;
+#[allow(dead_code)]
+#[path = "../../xtask/src/proc.rs"]
+mod proc;
 mod serve;
 mod sim;
 mod tls;
@@ -37,6 +48,8 @@ enum Command {
     Ca(ca::Args),
     /// Measure.
     Perf(perf::Args),
+    /// Measure against other stacks: interleaved, pinned alike, medians.
+    Compare(compare::Args),
     /// Run a scenario file in virtual time.
     Sim(sim::Args),
 }
@@ -46,6 +59,7 @@ fn main() -> std::process::ExitCode {
     output::init_logging();
     let done = |()| std::process::ExitCode::SUCCESS;
     let result = match cli.command {
+        Command::Compare(args) => compare::run(&args).map(done),
         Command::Doctor(args) => doctor::run(&args).map(done),
         Command::Serve(args) => serve::run(&args).map(done),
         Command::Get(args) => get::run(&args).map(done),

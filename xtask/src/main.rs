@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 mod bench;
+mod compare;
 mod cpu;
 mod demo;
 mod ebpf;
@@ -50,6 +51,8 @@ enum Cmd {
     Fuzz(fuzz::FuzzArgs),
     /// Measure bulk transfers over a veth pair.
     Bench(bench::BenchArgs),
+    /// Measure STOQ against other stacks.
+    Compare(compare::CompareArgs),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Cmd::Ci => test::run(&test::TestArgs::ci()),
         Cmd::Fuzz(args) => fuzz::run(&args).map(done),
         Cmd::Bench(args) => bench::run(&args).map(done),
+        Cmd::Compare(args) => compare::run(&args).map(done),
     };
     match result {
         Ok(code) => code,

@@ -132,6 +132,8 @@ fn a_handshake_by_dns_name_and_by_address() {
             let info = HandshakeInfo::of_session(&**session).unwrap();
             assert_eq!(info.group, Some(NamedGroup::X25519MLKEM768));
             assert!(info.is_post_quantum());
+            let choice = PacketCrypto::choose(CryptoProviderChoice::Auto).unwrap();
+            assert_eq!(info.packet_crypto, Some(choice));
             assert_eq!(info.alpn.as_deref(), Some(&b"stoq-test"[..]));
         }
         let peer = PeerIdentity::of_session(&*done.client).unwrap().unwrap();
