@@ -13,7 +13,7 @@ use std::time::Instant;
 use aws_lc_rs::aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use rustls::Side;
 use rustls::quic::{HeaderProtectionKey, Keys, PacketKey, Version};
-use stoq::proto::crypto::{CryptoProvider, ipsec_mb_out_of_place, ipsec_mb_version};
+use stoq::proto::crypto::{CryptoProvider, IpsecMbOutOfPlace, ipsec_mb_version};
 
 const PAYLOAD_BYTES: [usize; 3] = [64, 1412, 8912];
 const HEADER: [u8; 13] = [0x43, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
@@ -24,10 +24,13 @@ const BUFFERS: usize = 64;
 const PACKETS: usize = 256;
 const ROUNDS: usize = 200;
 
+/// Packet number, packet, another buffer as long.
+type Work<'a> = dyn FnMut(u64, &mut [u8], &mut [u8]) + 'a;
+
 /// A way to do something to a packet: its name, and the work.
 struct Way<'a> {
     name: &'static str,
-    run: Box<dyn FnMut(u64, &mut [u8], &mut [u8]) + 'a>,
+    run: Box<Work<'a>>,
     best_ns: f64,
 }
 
@@ -118,7 +121,7 @@ fn main() {
                 black_box(target);
             }),
         ];
-        if let (Ok((_, keys)), Some(apart)) = (&ipsec, ipsec_mb_out_of_place(&KEY)) {
+        if let (Ok((_, keys)), Some(apart)) = (&ipsec, IpsecMbOutOfPlace::new(&KEY)) {
             ways.push(way("ipsec-mb in place", |number, packet, _| {
                 seal(&*keys.local.packet, number, packet);
             }));
@@ -128,7 +131,7 @@ fn main() {
                 black_box(target);
             }));
             ways.push(way("ipsec-mb out of place", move |_, packet, target| {
-                black_box(apart(&NONCE, &HEADER, packet, target));
+                black_box(apart.seal(&NONCE, &HEADER, packet, target));
             }));
         }
         measure("seal", bytes, ways);

@@ -128,18 +128,25 @@ pub fn ipsec_mb_version() -> Result<&'static str, &'static str> {
     found.as_ref().copied().map_err(String::as_str)
 }
 
-/// ipsec-mb's sealing from one buffer into another, with a nonce of 12 bytes: for the benchmark
-/// `sealing`, which measures what it saves over sealing in place.
+/// ipsec-mb's sealing from one buffer into another: for the benchmark `sealing`, which measures what
+/// it saves over sealing in place.
 #[doc(hidden)]
-#[must_use]
-pub fn ipsec_mb_out_of_place(
-    key: &[u8],
-) -> Option<impl Fn(&[u8; 12], &[u8], &[u8], &mut [u8]) -> [u8; 16] + use<>> {
-    ipsec_mb_version().ok()?;
-    let key = sys::ipsec_mb::GcmKey::new(sys::ipsec_mb::IpsecMb::load().ok()?, key);
-    Some(move |nonce: &[u8; 12], aad: &[u8], plain: &[u8], sealed: &mut [u8]| {
-        key.seal(nonce, aad, plain, sealed)
-    })
+pub struct IpsecMbOutOfPlace(sys::ipsec_mb::GcmKey);
+
+impl IpsecMbOutOfPlace {
+    /// Expands a key of 16 or 32 bytes; `None` where ipsec-mb cannot be used.
+    #[must_use]
+    pub fn new(key: &[u8]) -> Option<Self> {
+        ipsec_mb_version().ok()?;
+        let library = sys::ipsec_mb::IpsecMb::load().ok()?;
+        Some(Self(sys::ipsec_mb::GcmKey::new(library, key)))
+    }
+
+    /// Encrypts `plain` into `sealed`, which is as long, and returns the tag.
+    #[must_use]
+    pub fn seal(&self, nonce: &[u8; 12], aad: &[u8], plain: &[u8], sealed: &mut [u8]) -> [u8; 16] {
+        self.0.seal(nonce, aad, plain, sealed)
+    }
 }
 
 /// The AES-128 suite over ipsec-mb.
