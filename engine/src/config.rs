@@ -57,8 +57,8 @@ pub const STREAMS_ALLOWED_INITIAL: u64 = 32;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
-/// commands of either kind; whatever arrived behind them waits for the next turn.
+/// Steps of handshakes, up to 150 µs each, that received datagrams cause in one turn at most, and
+/// likewise datagrams of other shards and commands of either kind; what came behind them waits.
 pub const HANDSHAKE_STEPS_MAX: usize = 3;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
