@@ -2,7 +2,6 @@
 //! late, early or doubled, the connection is made, and made once.
 
 #[path = "common/sim.rs"]
-#[allow(dead_code, unreachable_pub)]
 mod sim;
 
 use std::cell::RefCell;
