@@ -3,6 +3,7 @@
 // Modules of a binary: `pub` means "for the other modules".
 #![allow(unreachable_pub)]
 
+mod ca;
 mod client;
 mod compare;
 mod doctor;
@@ -43,6 +44,8 @@ enum Command {
     Serve(serve::Args),
     /// Fetch files by hq-interop.
     Get(get::Args),
+    /// Run a certificate authority of your own.
+    Ca(ca::Args),
     /// Measure.
     Perf(perf::Args),
     /// Measure against other stacks: interleaved, pinned alike, medians.
@@ -60,6 +63,7 @@ fn main() -> std::process::ExitCode {
         Command::Doctor(args) => doctor::run(&args).map(done),
         Command::Serve(args) => serve::run(&args).map(done),
         Command::Get(args) => get::run(&args).map(done),
+        Command::Ca(args) => ca::run(&args).map(done),
         Command::Perf(args) => perf::run(args).map(done),
         Command::Sim(args) => sim::run(&args),
     };

@@ -19,6 +19,7 @@ use stoq::{Dir, StreamId, VarInt};
 use stoq_measure::cpu::rss_bytes;
 use stoq_measure::wire::DatagramSink;
 
+use crate::ca::EnrolArgs;
 use crate::engine::{TransportArgs, datapath_words, stats_json, turns_json, xdp_json};
 use crate::hq::{FileChunk, FileReaders, HqStream};
 use crate::output;
@@ -59,6 +60,8 @@ pub struct Args {
     #[arg(long)]
     connections_max: Option<usize>,
     #[command(flatten)]
+    enrol: EnrolArgs,
+    #[command(flatten)]
     transport: TransportArgs,
 }
 
@@ -85,6 +88,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         cert: args.cert.as_deref(),
         key: args.key.as_deref(),
         cert_out: args.cert_out.as_deref(),
+        enrol: &args.enrol,
     })?;
     // Renews the certificate for as long as we serve.
     let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;

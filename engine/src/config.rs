@@ -38,6 +38,8 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// UDP payload on the loopback, whose MTU is 65536 (no other device's exceeds 65535).
+pub const LOOPBACK_PAYLOAD_BYTES: u16 = 65_488;
 /// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
 pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
@@ -462,6 +464,18 @@ impl TransportConfig {
         if let Some(tls) = &self.tls {
             tls.validate()?;
         }
+        if self.cid.lifetime_s != 0
+            && (self.idle_timeout_ms == 0 || self.cid.lifetime_s * 500 <= self.idle_timeout_ms)
+        {
+            return Err(ConfigError {
+                key: "cid.lifetime_s",
+                value: self.cid.lifetime_s.to_string(),
+                allowed: format!(
+                    "0, or more than twice idle_timeout_ms ({}), which must not be 0",
+                    self.idle_timeout_ms
+                ),
+            });
+        }
         if !self.cores.is_empty() && self.cores.len() != self.shards {
             return Err(ConfigError {
                 key: "cores",
@@ -525,7 +539,11 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
-        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+        if upper_bound == LOOPBACK_PAYLOAD_BYTES {
+            // The route is the whole path: one probe, of the upper bound itself, tells all. (A
+            // halving of the range would be less than this change, which ends the search.)
+            discovery.minimum_change((upper_bound - initial_mtu) / 4 * 3);
+        } else if upper_bound > LINK_PAYLOAD_BYTES_MAX {
             // Only links inside a machine carry so much, and those carry all of what their route
             // says: a coarse search ends at exactly that, with a third of the probes.
             discovery.minimum_change(upper_bound / 16);

@@ -172,6 +172,7 @@
 #![deny(unsafe_code)]
 
 pub mod app;
+pub mod ca;
 pub mod certs;
 pub mod clock;
 pub mod config;

@@ -79,10 +79,11 @@ fn ids_are_rotated_under_a_live_connection() {
     let with_rotation = |rotation, key: u8| CidConfig {
         rotation,
         key: Some(CidKey::new(&[key; 16])),
-        lifetime_s: 1,
+        lifetime_s: 4,
         ..CidConfig::default()
     };
-    let server = TransportConfig { cid: with_rotation(0, 1), ..sharded() };
+    let cid = with_rotation(0, 1);
+    let server = TransportConfig { cid, idle_timeout_ms: 1_900, ..sharded() };
     let pair = Pair::with(server, config());
     block_on(async {
         let (client, server, relay) = connect_through(&pair).await;

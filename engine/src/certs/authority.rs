@@ -1,9 +1,12 @@
 //! Who issues certificates: the seam between rotation and a CA.
 
+use std::sync::Weak;
+
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 
 use super::error::{CaError, CertsError};
 use super::names::{CLIENT_URI_PREFIX, IdentityNames};
+use super::rotation::RotatingIdentity;
 
 /// A request for one certificate.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +31,12 @@ pub trait CertificateAuthority: Send + Sync {
         &self,
         request: &CertificateRequest<'_>,
     ) -> Result<Vec<CertificateDer<'static>>, CaError>;
+
+    /// Told once, before the first request, which identity it certifies. A CA that wants requests
+    /// authenticated by the current certificate keeps the reference. Default: nothing.
+    fn handle_identity(&self, identity: &Weak<RotatingIdentity>) {
+        let _unused = identity;
+    }
 }
 
 /// A fresh ECDSA P-256 key and a request for `names` signed by it.

@@ -25,6 +25,7 @@ use super::ca_state::CaState;
 use super::constraints::NamePolicy;
 use super::error::{CaError, CertsError};
 use super::fault::CertificateFault;
+use super::maintenance::Periodic;
 use super::names::{CertificateSummary, IdentityNames};
 use super::pem;
 use super::storage::{Access, Directory, Memory, Storage};
@@ -36,6 +37,8 @@ const ROOT_FILE: &str = "root.pem";
 const CRL_FILE: &str = "crl.pem";
 /// Random bytes in a serial number, of the 20 that RFC 5280 allows.
 const SERIAL_SIZE_BYTES: usize = 16;
+/// Wait after a revocation list that could not be saved.
+const CRL_RETRY: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Lifetimes and name policy of a [`LocalCa`].
@@ -102,6 +105,8 @@ pub struct LocalCa {
     clock: Arc<dyn WallClock>,
     storage: Box<dyn Storage>,
     inner: Mutex<Inner>,
+    /// When the revocation list is signed again.
+    crl_due: Mutex<Option<SystemTime>>,
 }
 
 struct Inner {
@@ -178,7 +183,14 @@ impl LocalCa {
         if storage.read(ROOT_FILE, Access::Everyone)?.as_deref() != Some(root_pem.as_bytes()) {
             storage.replace(ROOT_FILE, root_pem.as_bytes(), Access::Everyone)?;
         }
-        Ok(Self { config, policy, clock, storage, inner: Mutex::new(Inner { material, state }) })
+        Ok(Self {
+            config,
+            policy,
+            clock,
+            storage,
+            inner: Mutex::new(Inner { material, state }),
+            crl_due: Mutex::new(None),
+        })
     }
 
     /// The root certificate: what peers must trust.
@@ -320,6 +332,27 @@ impl CertificateAuthority for LocalCa {
         self.save(&state).map_err(|error| CaError::Storage(Box::new(error)))?;
         inner.state = state;
         Ok(vec![leaf, inner.material.intermediate.clone()])
+    }
+}
+
+/// Signs the revocation list again in good time before its end, for as long as it is polled.
+impl Periodic for LocalCa {
+    fn poll(&self, now: SystemTime) -> SystemTime {
+        let mut due = self.crl_due.lock().expect("no panic while locked");
+        // A date that jumped back must not stretch the wait.
+        let longest = now + self.config.crl_lifetime / 3;
+        if let Some(due) = due.filter(|due| now < *due && *due <= longest) {
+            return due;
+        }
+        let next = match self.revocation_list() {
+            Ok(_) => longest,
+            Err(error) => {
+                tracing::warn!(%error, "the revocation list was not renewed");
+                now + CRL_RETRY
+            }
+        };
+        *due = Some(next);
+        next
     }
 }
 

@@ -26,6 +26,7 @@ mod provider;
 mod resumption;
 mod rotation;
 mod schedule;
+mod server_session;
 mod session;
 mod shared_keys;
 mod storage;

@@ -263,6 +263,9 @@ impl IdentityBuilder {
                 events: Vec::new(),
             }),
         });
+        if let Source::Authority { ca, .. } = &identity.source {
+            ca.handle_identity(&Arc::downgrade(&identity));
+        }
         identity.start(now, self.allow_pending)?;
         Ok(identity)
     }

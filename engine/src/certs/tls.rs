@@ -293,6 +293,7 @@ impl ServerTlsBuilder {
         let quic = Arc::new(quic);
         let crypto = server_crypto(ObservedServerConfig {
             inner: Arc::clone(&quic),
+            config: Arc::clone(&config),
             context: self.common.context(&faults),
         });
         Ok(ServerTls { config, quic, crypto, identity, faults, clock, tasks })
@@ -589,7 +590,7 @@ impl ClientTls {
 }
 
 /// AES-128-GCM, which RFC 9001, section 5.2, prescribes for Initial packets.
-fn initial_suite() -> Suite {
+pub(super) fn initial_suite() -> Suite {
     TLS13_AES_128_GCM_SHA256
         .tls13()
         .and_then(rustls::Tls13CipherSuite::quic_suite)

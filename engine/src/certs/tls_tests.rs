@@ -86,6 +86,7 @@ fn showing(mut server: ServerTls, chain: Vec<CertificateDer<'static>>, key: &Key
         Arc::new(QuicServerConfig::with_initial(server.config.clone(), initial_suite()).unwrap());
     server.crypto = server_crypto(ObservedServerConfig {
         inner: server.quic.clone(),
+        config: server.config.clone(),
         context: Common::default().context(&server.faults),
     });
     server

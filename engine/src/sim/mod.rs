@@ -4,6 +4,7 @@
 //! [`SimDatapath`], driven by [`run`](crate::datapath::sim::run) in one thread.
 
 mod runner;
+mod shards;
 mod workload;
 
 use std::any::Any;
@@ -15,7 +16,7 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::{Clock, SimClock};
-use crate::config::{CidConfig, CidKey, TransportConfig};
+use crate::config::{CidConfig, CidKey, HANDOFF_DATAGRAMS_MAX, TransportConfig};
 use crate::datapath::Datapath;
 use crate::datapath::sim::{EndpointId, SimDatapath, SimNode};
 use crate::engine::EngineShared;
@@ -28,6 +29,7 @@ use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings};
 
 pub use runner::{RunError, Sample, ScenarioRun, run_scenario};
+pub use shards::SimShards;
 
 /// What a simulated host is made of.
 pub struct SimHostConfig {
@@ -62,50 +64,55 @@ impl SimHost {
         setup: SimHostConfig,
         app: impl ShardApp,
     ) -> Result<Self, StartError> {
-        setup.config.validate()?;
-        let source = |source| StartError::System { what: "eventfd for a mailbox", source };
-        let mailbox = Mailbox::without_wait_times(setup.config.mailbox_capacity).map_err(source)?;
-        let mailboxes: Arc<[Mailbox]> = Arc::new([mailbox.clone()]);
+        let identity = QuicIdentity {
+            server: setup.server,
+            client: setup.client,
+            token_key: None,
+            reset_key: None,
+            tokens: Default::default(),
+        };
+        let siblings = siblings(&setup.config, 1, HANDOFF_DATAGRAMS_MAX)?;
+        let config = Arc::new(setup.config);
+        Ok(Self::shard(clock, datapath, config, identity, siblings, (0, setup.seed), app))
+    }
+
+    /// One shard of several, with its number and its seed.
+    fn shard(
+        clock: &SimClock,
+        datapath: SimDatapath,
+        config: Arc<TransportConfig>,
+        identity: QuicIdentity,
+        siblings: Siblings,
+        (shard, seed_number): (usize, u64),
+        app: impl ShardApp,
+    ) -> Self {
+        let mailbox = siblings.mailboxes[shard].clone();
         let metrics = Arc::new(ShardMetrics::default());
         let mut seed = [0; 32];
-        seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
-        let cid = CidConfig {
-            key: Some(setup.config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]))),
-            ..setup.config.cid.clone()
-        };
-        let cids = Cids::new(CidTable::new(&cid, 1));
+        seed[..8].copy_from_slice(&seed_number.to_le_bytes());
         let endpoint = datapath.id();
-        let proto = Protocol::new(
-            ProtocolSetup {
-                mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
-                config: Arc::new(setup.config),
-                identity: QuicIdentity {
-                    server: setup.server,
-                    client: setup.client,
-                    token_key: None,
-                    reset_key: None,
-                    tokens: Default::default(),
-                },
-                cids: cids.clone(),
-                shard: 0,
-                shards: 1,
-                metrics: metrics.clone(),
-                mailbox: mailbox.clone(),
-                seed,
-            },
-            clock.now(),
-        );
+        let setup = ProtocolSetup {
+            mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
+            config,
+            identity,
+            cids: siblings.cids.clone(),
+            shard,
+            shards: siblings.mailboxes.len(),
+            metrics: metrics.clone(),
+            mailbox: mailbox.clone(),
+            seed,
+        };
         let shard = Shard::new(
             datapath,
             clock.clone(),
-            proto,
-            HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
+            Protocol::new(setup, clock.now()),
+            HandleApp::new(Arc::new(EngineShared::new(siblings.mailboxes.clone()))),
             Some(Box::new(app)),
             mailbox.clone(),
-            Siblings { mailboxes, cids },
+            siblings,
             metrics.clone(),
         );
-        Ok(Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false })
+        Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false }
     }
 
     /// Sends a message to the application; it is taken with the next turn.
@@ -157,6 +164,23 @@ impl SimHost {
     pub fn has_ended(&self) -> bool {
         self.ended
     }
+}
+
+/// Mailboxes and connection IDs of `shards` shards; without a key of its own, a fixed one.
+fn siblings(
+    config: &TransportConfig,
+    shards: usize,
+    handoff_datagrams: usize,
+) -> Result<Siblings, StartError> {
+    config.validate()?;
+    let source = |source| StartError::System { what: "eventfd for a mailbox", source };
+    let mailboxes: Arc<[Mailbox]> = (0..shards)
+        .map(|_| Mailbox::without_wait_times(config.mailbox_capacity, handoff_datagrams))
+        .collect::<std::io::Result<_>>()
+        .map_err(source)?;
+    let key = config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]));
+    let cid = CidConfig { key: Some(key), ..config.cid.clone() };
+    Ok(Siblings { mailboxes, cids: Cids::new(CidTable::new(&cid, shards)) })
 }
 
 impl SimNode for SimHost {
