@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use serde_json::json;
-use stoq::config::{CongestionControl, TransportConfig};
+use stoq::config::{BusyPoll, CongestionControl, TransportConfig};
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::{Engine, ShardStats};
 use stoq::metrics::TransportStats;
@@ -35,6 +35,9 @@ pub struct TransportArgs {
     /// Largest UDP payload, bytes; 0: what the interface carries.
     #[arg(long, default_value_t = 0)]
     pub udp_payload: u16,
+    /// What a shard without work does: off, adaptive or always spin.
+    #[arg(long)]
+    pub busy_poll: Option<BusyPoll>,
     /// Time to spin without work before sleeping, µs.
     #[arg(long)]
     pub spin_us: Option<u64>,
@@ -82,6 +85,9 @@ impl TransportArgs {
         config.congestion_control = self.cc;
         if self.udp_payload != 0 {
             config.mtu_upper_bound_bytes = self.udp_payload;
+        }
+        if let Some(busy_poll) = self.busy_poll {
+            config.busy_poll = busy_poll;
         }
         if let Some(spin_us) = self.spin_us {
             config.spin_us = spin_us;

@@ -79,6 +79,8 @@ pub const SHARDS_MAX: usize = 256;
 pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
+/// How often an engine with `failover` looks whether its XDP program is still attached, ms.
+pub const FAILOVER_CHECK_INTERVAL_MS: u64 = 500;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
 
@@ -169,6 +171,32 @@ pub enum RetryPolicy {
     Always,
 }
 
+/// What a shard does that has no work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BusyPoll {
+    /// It sleeps at once.
+    Off,
+    /// It spins for `spin_us` where that has ended in work of late, and else sleeps at once.
+    #[default]
+    Adaptive,
+    /// It never sleeps: it takes a whole core, and no packet waits for a wake-up.
+    Always,
+}
+
+impl std::str::FromStr for BusyPoll {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "off" => Ok(Self::Off),
+            "adaptive" => Ok(Self::Adaptive),
+            "always" => Ok(Self::Always),
+            _ => Err(format!("`{name}` is not one of off, adaptive, always")),
+        }
+    }
+}
+
 /// A value that the engine refuses to start with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
@@ -254,7 +282,10 @@ pub struct TransportConfig {
     pub initial_window_packets: u64,
     /// Ask the peer for sparse ACKs (draft-ietf-quic-ack-frequency).
     pub ack_frequency: bool,
-    /// Time a shard spins without work before it sleeps, µs. 0 to 1000000.
+    /// Whether a shard without work spins or sleeps.
+    pub busy_poll: BusyPoll,
+    /// Time a shard spins without work before it sleeps, µs, where `busy_poll` is adaptive.
+    /// 0 to 1000000.
     pub spin_us: u64,
     /// Commands that wait in a shard's mailbox at most.
     pub mailbox_capacity: usize,
@@ -286,6 +317,14 @@ pub struct TransportConfig {
     pub require_zero_copy: bool,
     /// Allow AF_XDP in generic (SKB) mode where the driver has no native one.
     pub allow_skb_mode: bool,
+    /// Go on over the kernel's socket when an AF_XDP device fails while connections run, also where
+    /// `datapath` is `af_xdp`, and back when it is there again; otherwise they end with
+    /// [`DatapathFailed`](crate::error::ConnectionError::DatapathFailed).
+    pub failover: bool,
+    /// First wait before a failed AF_XDP device is opened again, ms; doubled with every attempt. 10 to 60000.
+    pub failover_backoff_ms_min: u64,
+    /// Longest wait, ms. `failover_backoff_ms_min` to 3600000.
+    pub failover_backoff_ms_max: u64,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
     /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
@@ -326,6 +365,7 @@ impl Default for TransportConfig {
             initial_rtt_us: 100_000,
             initial_window_packets: 10,
             ack_frequency: true,
+            busy_poll: BusyPoll::Adaptive,
             spin_us: 50,
             mailbox_capacity: 4096,
             stream_send_queue_bytes: 1 << 20,
@@ -340,6 +380,9 @@ impl Default for TransportConfig {
             tls: None,
             require_zero_copy: false,
             allow_skb_mode: false,
+            failover: true,
+            failover_backoff_ms_min: 100,
+            failover_backoff_ms_max: 5_000,
             qlog_dir: None,
             resume: None,
         }
@@ -461,6 +504,9 @@ impl TransportConfig {
         self.pool.validate()?;
         check("message_size_max", self.message_size_max as u64, 1, 16 * GIB)?;
         check("shutdown_grace_ms", self.shutdown_grace_ms, 0, 600_000)?;
+        check("failover_backoff_ms_min", self.failover_backoff_ms_min, 10, 60_000)?;
+        let (longest, min) = (self.failover_backoff_ms_max, self.failover_backoff_ms_min);
+        check("failover_backoff_ms_max", longest, min, 3_600_000)?;
         if let Some(tls) = &self.tls {
             tls.validate()?;
         }
@@ -615,6 +661,20 @@ mod tests {
         assert!(TransportConfig::from_toml("bind = '127.0.0.1:1'").is_err(), "IPv4 does not exist");
         let error = TransportConfig::from_toml("shards = 0").expect_err("range");
         assert!(error.contains("1 to 256"), "{error}");
+    }
+
+    #[test]
+    fn failover_waits_have_a_range() {
+        let config = TransportConfig { failover_backoff_ms_max: 50, ..Default::default() };
+        let error = config.validate().expect_err("below the first wait");
+        assert_eq!(
+            (error.key, error.allowed.as_str()),
+            ("failover_backoff_ms_max", "100 to 3600000")
+        );
+        let config = TransportConfig { failover_backoff_ms_min: 9, ..Default::default() };
+        assert_eq!(config.validate().expect_err("too short").key, "failover_backoff_ms_min");
+        let config = TransportConfig::from_toml("failover = false").expect("valid");
+        assert!(!config.failover && TransportConfig::default().failover);
     }
 
     #[test]

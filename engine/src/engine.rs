@@ -20,6 +20,8 @@ use crate::app::ShardApp;
 use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::connection::Connection;
+use crate::datapath::af_xdp::AfXdp;
+use crate::datapath::failover::AfXdpReopen;
 use crate::datapath::open::{self, Opened};
 use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
@@ -33,6 +35,7 @@ use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
+use crate::shard::spin::Spinner;
 use crate::shard::{Shard, Siblings, worker};
 use crate::sys::numa::PreferredNode;
 
@@ -211,9 +214,9 @@ impl Builder {
             config: Arc::new(config),
             identity,
             app,
+            node: placement.node,
             threads: Vec::new(),
             metrics: Vec::new(),
-            capabilities: Vec::new(),
         };
         starter.start(opened)
     }
@@ -238,7 +241,8 @@ struct Starter {
     cores: Vec<Option<core_affinity::CoreId>>,
     threads: Vec<JoinHandle<()>>,
     metrics: Vec<Arc<ShardMetrics>>,
-    capabilities: Vec<Capabilities>,
+    /// Where packet memory shall lie.
+    node: Option<usize>,
 }
 
 impl Starter {
@@ -249,7 +253,13 @@ impl Starter {
         let xdp = opened.xdp.clone();
         let steering = opened.steering.clone();
         let result = match opened.datapaths {
-            open::Datapaths::AfXdp(paths) => self.spawn_all(paths),
+            open::Datapaths::AfXdp(paths) => match (opened.af_xdp, opened.xdp) {
+                (Some(config), Some(program)) if self.config.failover => {
+                    let reopen = AfXdpReopen::new(config, program, self.node);
+                    self.spawn_with_failover(paths, reopen)
+                }
+                _ => self.spawn_all(paths),
+            },
             open::Datapaths::IoUring(paths) => self.spawn_all(paths),
             open::Datapaths::Socket(paths) => self.spawn_all(paths),
         };
@@ -257,7 +267,6 @@ impl Starter {
             shared: self.shared,
             threads: Mutex::new(self.threads),
             metrics: self.metrics,
-            capabilities: self.capabilities.into(),
             pool_width: self.config.pool.connections_per_peer_max,
             local,
             reasons,
@@ -285,6 +294,27 @@ impl Starter {
         Ok(())
     }
 
+    /// The coordinator's thread comes last: it ends when the shards have ended.
+    fn spawn_with_failover(
+        &mut self,
+        paths: Vec<AfXdp>,
+        reopen: AfXdpReopen,
+    ) -> Result<(), StartError> {
+        let mailboxes = self.siblings.mailboxes.clone();
+        let offer =
+            move |shard: usize, path| mailboxes[shard].push(Command::Datapath(path)).is_ok();
+        let started = reopen.start(paths, &self.config, offer);
+        let (paths, coordinator) = started.map_err(|source| {
+            for _ in 0..self.config.shards {
+                self.shared.shard_ended();
+            }
+            StartError::System { what: "thread for the failover", source }
+        })?;
+        let spawned = self.spawn_all(paths);
+        self.threads.push(coordinator.into_thread());
+        spawned
+    }
+
     fn spawn<D: Datapath + Send + 'static>(
         &mut self,
         shard: usize,
@@ -299,8 +329,8 @@ impl Starter {
             queue = capabilities.queue,
             "shard starts"
         );
-        self.capabilities.push(capabilities);
         let metrics = Arc::new(ShardMetrics::default());
+        metrics.set_path(capabilities);
         self.metrics.push(metrics.clone());
         let mut seed = [0; 32];
         aws_lc_rs::rand::fill(&mut seed).expect("the system gives randomness");
@@ -320,7 +350,8 @@ impl Starter {
         let shared = self.shared.clone();
         let siblings = self.siblings.clone();
         let core = self.cores[shard];
-        let spin = Duration::from_micros(self.config.spin_us);
+        let spin_window = Duration::from_micros(self.config.spin_us);
+        let spinner = Spinner::new(self.config.busy_poll, spin_window);
         let thread = std::thread::Builder::new()
             .name(format!("{}{shard}", placement::THREAD_NAME_PREFIX))
             .spawn(move || {
@@ -342,7 +373,7 @@ impl Starter {
                     siblings,
                     metrics,
                 );
-                worker::run(shard, spin);
+                worker::run(shard, spinner);
             })
             .map_err(|source| StartError::System { what: "thread for a shard", source })?;
         self.threads.push(thread);
@@ -365,7 +396,6 @@ pub struct Engine {
     shared: Arc<EngineShared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     metrics: Vec<Arc<ShardMetrics>>,
-    capabilities: Arc<[Capabilities]>,
     pool_width: usize,
     local: SocketAddrV6,
     reasons: Vec<String>,
@@ -395,13 +425,14 @@ impl Engine {
         self.shared.is_running()
     }
 
-    /// What carries each shard.
+    /// What carries each shard now, and why, where that is not what it was started with: an AF_XDP
+    /// device that fails is replaced by the kernel's socket until it is there again (`failover`).
     #[must_use]
-    pub fn datapaths(&self) -> &[Capabilities] {
-        &self.capabilities
+    pub fn datapaths(&self) -> Vec<Capabilities> {
+        self.metrics.iter().map(|metrics| metrics.path()).collect()
     }
 
-    /// Why this datapath was chosen, and why better ones were not.
+    /// Why this datapath was chosen at the start, and why better ones were not.
     #[must_use]
     pub fn datapath_reasons(&self) -> &[String] {
         &self.reasons
@@ -574,7 +605,7 @@ impl Engine {
     /// The statistics as Prometheus text, as `metrics_address` serves them.
     #[must_use]
     pub fn prometheus(&self) -> String {
-        let shards = self.metrics.iter().map(Arc::as_ref).zip(self.capabilities.iter());
+        let shards = self.metrics.iter().map(Arc::as_ref);
         prometheus::render(shards, &SteeringHandle::published(self.steering.as_ref()))
     }
 
@@ -586,10 +617,10 @@ impl Engine {
 
     fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
         let Some(address) = address else { return Ok(self) };
-        let (metrics, capabilities) = (self.metrics.clone(), self.capabilities.clone());
+        let metrics = self.metrics.clone();
         let steering = self.steering.clone();
         let render = move || {
-            let shards = metrics.iter().map(Arc::as_ref).zip(capabilities.iter());
+            let shards = metrics.iter().map(Arc::as_ref);
             prometheus::render(shards, &SteeringHandle::published(steering.as_ref()))
         };
         let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {

@@ -85,7 +85,8 @@
 //! [`TransportConfig::datapath`](config::TransportConfig::datapath) is `auto` unless set: AF_XDP
 //! where a physical device and its driver make it the fastest, else io_uring, else plain sockets,
 //! both with segmentation offload. [`Engine::datapaths`](engine::Engine::datapaths) says what
-//! carries each shard and [`Engine::datapath_reasons`](engine::Engine::datapath_reasons) why;
+//! carries each shard now (AF_XDP whose device is gone stands on the kernel's socket until it is
+//! back) and [`Engine::datapath_reasons`](engine::Engine::datapath_reasons) why it was chosen;
 //! [`doctor`] says what the machine could do and what is missing.
 //!
 //! ```
@@ -152,7 +153,7 @@
 //! | when | set |
 //! |---|---|
 //! | one core does not suffice | `shards`, and `cores` to choose them |
-//! | latency matters more than an idle core | `spin_us` up; 0 for tests and laptops |
+//! | latency matters more than an idle core | `busy_poll`: `always`; `off` for laptops |
 //! | the path is long and fat | `receive_buffer_size`, `stream_receive_buffer_size`, `send_buffer_size` to the bandwidth-delay product |
 //! | many idle connections | nothing: 30 kB each; stream tables grow with use up to `max_concurrent_streams` |
 //! | the path's MTU is known to be large | `initial_mtu_bytes` up, `mtu_upper_bound_bytes` |

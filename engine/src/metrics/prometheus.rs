@@ -95,15 +95,15 @@ fn escape(value: &str) -> String {
 
 /// Everything that the shards publish, and what the kernel steered to them.
 pub(crate) fn render<'a>(
-    shards: impl IntoIterator<Item = (&'a ShardMetrics, &'a Capabilities)>,
+    shards: impl IntoIterator<Item = &'a ShardMetrics>,
     steered: &[(&str, u64)],
 ) -> String {
     let mut out = Exposition::default();
     let version = concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"");
     out.family("stoq_build_info", "gauge", "The engine's version.").sample("", version, 1);
-    for (number, (metrics, capabilities)) in shards.into_iter().enumerate() {
+    for (number, metrics) in shards.into_iter().enumerate() {
         let shard = format!("shard=\"{number}\"");
-        info(&mut out, &shard, capabilities);
+        info(&mut out, &shard, &metrics.path());
         for (name, help, value) in metrics.shard().described() {
             let is_gauge = SHARD_GAUGES.contains(&name);
             counter(&mut out, "shard", name, help, value, &shard, is_gauge);
@@ -213,6 +213,7 @@ mod tests {
             mode: "GSO".into(),
             kind: DatapathKind::Socket,
             queue: None,
+            standby_reason: None,
         }
     }
 
@@ -231,8 +232,10 @@ mod tests {
         for us in [90, 110, 20_000_000] {
             metrics[1].rtt_ns.record(us * 1000);
         }
-        let capabilities = capabilities();
-        render(metrics.iter().map(|shard| (shard, &capabilities)), &[("steered_by_id", 3)])
+        for metrics in &metrics {
+            metrics.set_path(capabilities());
+        }
+        render(&metrics, &[("steered_by_id", 3)])
     }
 
     #[test]

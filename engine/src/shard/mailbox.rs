@@ -34,6 +34,8 @@ pub(crate) enum Command {
         config: Option<quinn_proto::ClientConfig>,
         reply: crate::handles::ConnectReply,
     },
+    /// A datapath that was opened for this shard.
+    Datapath(Box<dyn Any + Send>),
     /// Stop: close everything with this code and reason by the deadline.
     Shutdown(ShutdownOrder),
 }

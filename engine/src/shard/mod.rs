@@ -21,6 +21,7 @@
 pub(crate) mod mailbox;
 mod overdue;
 mod pool;
+pub(crate) mod spin;
 pub(crate) mod worker;
 
 use std::collections::VecDeque;
@@ -570,6 +571,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
                 self.handles.handle_connect_result(&mut cx, result, reply);
             }
+            Command::Datapath(offer) => self.datapath.adopt(now, offer),
             Command::Shutdown(order) => self.begin_ending(now, order),
         }
     }
@@ -586,6 +588,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 tracing::info!(shard = self.proto.shard_index(), "link up");
             }
             DatapathEvent::AddressesChanged => self.proto.local_addresses_changed(),
+            DatapathEvent::Changed(reason) => {
+                let path = self.datapath.capabilities();
+                let (shard, datapath) = (self.proto.shard_index(), path.kind.name());
+                tracing::warn!(shard, datapath, path.mode, reason, "the datapath has changed");
+                self.metrics.set_path(path.clone());
+            }
             DatapathEvent::Failed(reason) => {
                 tracing::error!(shard = self.proto.shard_index(), reason, "datapath failed");
                 self.failed = Some(reason);

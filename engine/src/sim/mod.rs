@@ -3,6 +3,8 @@
 //! A [`SimHost`] is a real shard (its `turn` is the one that runs over AF_XDP) on a
 //! [`SimDatapath`], driven by [`run`](crate::datapath::sim::run) in one thread.
 
+#[cfg(test)]
+mod failover_tests;
 mod runner;
 mod shards;
 mod workload;
@@ -86,32 +88,9 @@ impl SimHost {
         (shard, seed_number): (usize, u64),
         app: impl ShardApp,
     ) -> Self {
-        let mailbox = siblings.mailboxes[shard].clone();
-        let metrics = Arc::new(ShardMetrics::default());
-        let mut seed = [0; 32];
-        seed[..8].copy_from_slice(&seed_number.to_le_bytes());
         let endpoint = datapath.id();
-        let setup = ProtocolSetup {
-            mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
-            config,
-            identity,
-            cids: siblings.cids.clone(),
-            shard,
-            shards: siblings.mailboxes.len(),
-            metrics: metrics.clone(),
-            mailbox: mailbox.clone(),
-            seed,
-        };
-        let shard = Shard::new(
-            datapath,
-            clock.clone(),
-            Protocol::new(setup, clock.now()),
-            HandleApp::new(Arc::new(EngineShared::new(siblings.mailboxes.clone()))),
-            Some(Box::new(app)),
-            mailbox.clone(),
-            siblings,
-            metrics.clone(),
-        );
+        let (shard, mailbox, metrics) =
+            shard_on(clock, datapath, config, identity, siblings, (shard, seed_number), app);
         Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false }
     }
 
@@ -164,6 +143,46 @@ impl SimHost {
     pub fn has_ended(&self) -> bool {
         self.ended
     }
+}
+
+type SimShard<D> = (Shard<D, SimClock>, Mailbox, Arc<ShardMetrics>);
+
+/// A shard over any datapath in virtual time.
+fn shard_on<D: Datapath>(
+    clock: &SimClock,
+    datapath: D,
+    config: Arc<TransportConfig>,
+    identity: QuicIdentity,
+    siblings: Siblings,
+    (shard, seed_number): (usize, u64),
+    app: impl ShardApp,
+) -> SimShard<D> {
+    let mailbox = siblings.mailboxes[shard].clone();
+    let metrics = Arc::new(ShardMetrics::default());
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&seed_number.to_le_bytes());
+    let setup = ProtocolSetup {
+        mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
+        config,
+        identity,
+        cids: siblings.cids.clone(),
+        shard,
+        shards: siblings.mailboxes.len(),
+        metrics: metrics.clone(),
+        mailbox: mailbox.clone(),
+        seed,
+    };
+    let shard = Shard::new(
+        datapath,
+        clock.clone(),
+        Protocol::new(setup, clock.now()),
+        HandleApp::new(Arc::new(EngineShared::new(siblings.mailboxes.clone()))),
+        Some(Box::new(app)),
+        mailbox.clone(),
+        siblings,
+        metrics.clone(),
+    );
+    (shard, mailbox, metrics)
 }
 
 /// Mailboxes and connection IDs of `shards` shards; without a key of its own, a fixed one.

@@ -12,6 +12,5 @@ pub(crate) mod mmap;
 pub(crate) mod numa;
 pub(crate) mod raw_array;
 pub(crate) mod udp;
-pub(crate) mod udp_receive;
 pub(crate) mod uring;
 pub(crate) mod xsk;

@@ -46,7 +46,8 @@ pub struct AfXdpLimits {
     /// kernel gives up on a neighbour after three solicitations a second apart, and
     /// QUIC's retransmissions are worth more than a stale packet.
     pub pending_ms_max: u64,
-    /// Datagrams taken from the slow-path socket in one turn. Default 8.
+    /// Receive buffers of the slow-path socket, 64 KiB each, touched only when used. Default
+    /// 32, as of any socket: it carries everything while the device is gone.
     pub slow_path_batch: usize,
     /// Times that binding is tried again when the queue is busy, 10 ms apart.
     /// Default 100: the kernel closes a socket's queue asynchronously, within
@@ -67,7 +68,7 @@ impl Default for AfXdpLimits {
             tx_budget_frames: 256,
             pending_datagrams: 64,
             pending_ms_max: 1000,
-            slow_path_batch: 8,
+            slow_path_batch: 32,
             bind_retries: 100,
         }
     }
