@@ -4,8 +4,8 @@
 //! callgrind collects inside [`measured_turn`] alone. Each scenario first brings the connection
 //! into its steady state without measuring, then measures the turns of one end or of both.
 
+// The tests' file: its TLS and its addresses.
 #[path = "../../../engine/tests/common/sim.rs"]
-#[allow(dead_code, unreachable_pub)] // the tests' file; TLS and addresses are what is used here
 mod sim;
 
 use std::any::Any;
