@@ -55,8 +55,8 @@ pub const STREAMS_ALLOWED_INITIAL: u64 = 32;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
-/// commands of either kind; whatever arrived behind them waits for the next turn.
+/// Steps of handshakes, up to 150 µs each, that received datagrams cause in one turn at most, and
+/// likewise datagrams of other shards and commands of either kind; what came behind them waits.
 pub const HANDSHAKE_STEPS_MAX: usize = 3;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
@@ -70,6 +70,9 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// A shard sends new clients elsewhere by a Retry when it has so many connections more than twice the
+/// least busy shard's.
+pub const BALANCE_IMBALANCE_CONNECTIONS: usize = 64;
 /// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
 /// 300 000 tokens in one lifetime are told apart but for one in 1000.
 pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
@@ -79,6 +82,12 @@ pub const SHARDS_MAX: usize = 256;
 pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
+/// Packets after which the peer is asked to acknowledge at once, plus one: sparse ACKs at high rates.
+/// A window of 44 packets still sees four in a round trip, which bandwidth probing wants.
+pub const ACK_ELICITING_THRESHOLD: u32 = 10;
+/// After this long the peer is asked to acknowledge fewer: at low rates the packets of a round trip
+/// are few, and four ACKs in it need a delay of a fourth. The least that quinn-proto can ask for.
+pub const ACK_DELAY_MAX: Duration = Duration::from_millis(1);
 /// How often an engine with `failover` looks whether its XDP program is still attached, ms.
 pub const FAILOVER_CHECK_INTERVAL_MS: u64 = 500;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
@@ -164,7 +173,8 @@ impl std::str::FromStr for CongestionControl {
 pub enum RetryPolicy {
     /// Never.
     Never,
-    /// When more than a quarter of `incoming_max` handshakes are under way.
+    /// When more than a quarter of `incoming_max` handshakes are under way, and when this shard has far
+    /// more connections than another: the Retry sends the client there.
     #[default]
     UnderLoad,
     /// Always: costs each client one round trip.
@@ -622,7 +632,9 @@ impl TransportConfig {
             })
             .ack_frequency_config(self.ack_frequency.then(|| {
                 let mut frequency = AckFrequencyConfig::default();
-                frequency.ack_eliciting_threshold(VarInt::from_u32(10));
+                frequency
+                    .ack_eliciting_threshold(VarInt::from_u32(ACK_ELICITING_THRESHOLD))
+                    .max_ack_delay(Some(ACK_DELAY_MAX));
                 frequency
             }))
             // The shard polls packet by packet; each gets a time stamp of its own.

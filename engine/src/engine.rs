@@ -1,11 +1,12 @@
 //! The engine: its builder, its shards' threads, connect, accept, shut down.
 
+mod attempt;
+
 use std::any::Any;
 use std::net::SocketAddrV6;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,19 +20,19 @@ use quinn_proto::crypto;
 use crate::app::ShardApp;
 use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
-use crate::connection::Connection;
 use crate::datapath::af_xdp::AfXdp;
 use crate::datapath::failover::AfXdpReopen;
 use crate::datapath::open::{self, Opened};
 use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
-use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp, PoolCommand};
+use crate::handles::{Command as HandleCommand, HandleApp, PoolCommand};
 use crate::metrics::{
     MetricsServer, RateWindow, ShardCounters, ShardMetrics, TransportStats, prometheus,
 };
 use crate::placement;
 use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
@@ -39,15 +40,10 @@ use crate::shard::spin::Spinner;
 use crate::shard::{Shard, Siblings, worker};
 use crate::sys::numa::PreferredNode;
 
-type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
+use attempt::Offer;
+pub use attempt::{Connecting, Incoming, ZeroRttAccepted};
 
-/// A client that knocked and waits for an answer.
-pub(crate) struct Offer {
-    shard: usize,
-    key: usize,
-    remote: SocketAddrV6,
-    validated: bool,
-}
+type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
 
 /// What the engine's handles and its shards share.
 pub(crate) struct EngineShared {
@@ -209,7 +205,7 @@ impl Builder {
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
-            siblings: Siblings { mailboxes, cids },
+            siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
             cores: placement.cores,
             config: Arc::new(config),
             identity,
@@ -339,6 +335,7 @@ impl Starter {
             config: self.config.clone(),
             identity: self.identity.clone(),
             cids: self.siblings.cids.clone(),
+            loads: self.siblings.loads.clone(),
             shard,
             shards: self.config.shards,
             metrics: metrics.clone(),
@@ -464,19 +461,15 @@ impl Engine {
         server_name: &str,
         config: Option<quinn_proto::ClientConfig>,
     ) -> Connecting {
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Connect {
-            remote,
-            server_name: server_name.to_owned(),
-            config,
-            reply: ConnectReply(reply),
-        };
+        let (reply, connecting) = Connecting::new();
+        let command =
+            Command::Connect { remote, server_name: server_name.to_owned(), config, reply };
         let mailbox = &self.shared.mailboxes[shard % self.shared.mailboxes.len()];
         if let Err(Command::Connect { reply, .. }) = mailbox.push(command) {
             let stopped = !self.shared.is_running();
             reply.fail(if stopped { ConnectError::EngineStopped } else { ConnectError::Busy });
         }
-        Connecting { answer }
+        connecting
     }
 
     /// Lends a connection to a peer from the pool; makes one, which concurrent callers share, where
@@ -555,7 +548,7 @@ impl Engine {
         loop {
             let listener = self.shared.offered.listen();
             if let Some(offer) = self.shared.offers.pop() {
-                return Some(Incoming { offer: Some(offer), shared: self.shared.clone() });
+                return Some(Incoming::new(offer, self.shared.clone()));
             }
             if !self.shared.is_running() {
                 return None;
@@ -749,74 +742,4 @@ pub struct ShutdownReport {
     /// Streams of those connections whose sending half was not finished and acknowledged: the
     /// peer may lack a part of their data.
     pub streams_cut_off: u64,
-}
-
-/// A connection attempt; resolves when the handshake is complete. Dropped, it is abandoned.
-#[must_use = "a dropped attempt is abandoned"]
-pub struct Connecting {
-    answer: oneshot::Receiver<Result<Connection, ConnectionError>>,
-}
-
-impl Future for Connecting {
-    type Output = Result<Connection, ConnectionError>;
-
-    fn poll(mut self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        std::pin::Pin::new(&mut self.answer)
-            .poll(cx)
-            .map(|answer| answer.unwrap_or(Err(ConnectionError::EngineStopped)))
-    }
-}
-
-/// A client that knocks. Dropped without a decision, it is refused.
-pub struct Incoming {
-    offer: Option<Offer>,
-    shared: Arc<EngineShared>,
-}
-
-impl Incoming {
-    /// The client's address, validated or not.
-    #[must_use]
-    pub fn remote_address(&self) -> SocketAddrV6 {
-        self.offer.as_ref().expect("taken only by a decision").remote
-    }
-
-    /// Whether the client has proved that it receives packets at its address.
-    #[must_use]
-    pub fn remote_address_validated(&self) -> bool {
-        self.offer.as_ref().expect("taken only by a decision").validated
-    }
-
-    /// Goes on with the handshake.
-    pub fn accept(mut self) -> Connecting {
-        let (reply, answer) = oneshot::channel();
-        self.decide(Decision::Accept(reply));
-        Connecting { answer }
-    }
-
-    /// Refuses the client with CONNECTION_REFUSED.
-    pub fn refuse(mut self) {
-        self.decide(Decision::Refuse);
-    }
-
-    /// Asks the client to prove its address (RFC 9000 §8.1.2). One that has already is refused.
-    pub fn retry(mut self) {
-        self.decide(Decision::Retry);
-    }
-
-    /// Forgets the client without an answer.
-    pub fn ignore(mut self) {
-        self.decide(Decision::Ignore);
-    }
-
-    fn decide(&mut self, decision: Decision) {
-        if let Some(Offer { shard, key, .. }) = self.offer.take() {
-            self.shared.mailboxes[shard].notify(HandleCommand::Incoming { key, decision });
-        }
-    }
-}
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        self.decide(Decision::Refuse);
-    }
 }

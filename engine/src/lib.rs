@@ -73,6 +73,11 @@
 //!   [`Engine`](engine::Engine) shuts down without grace.
 //! * **Cancelling** a future loses nothing unless its documentation says so (`write_all`,
 //!   `read_to_end`). A cancelled `open_bi` gives its stream back, reset.
+//! * **0-RTT**: with `zero_rtt` and early data allowed in both TLS configurations,
+//!   [`Connecting::into_0rtt`](engine::Connecting::into_0rtt) gives the connection before its
+//!   handshake is over. [`ZeroRttAccepted`](engine::ZeroRttAccepted) tells whether the server took
+//!   what was sent so far; streams of refused data fail, nothing is sent again by itself. A server's
+//!   [`RecvStream::is_0rtt`](stream::RecvStream::is_0rtt) says what an attacker may have repeated.
 //! * **Back-pressure** is real: a writer waits once `stream_send_queue_bytes` are under way, and
 //!   unread data is never more than `receive_buffer_size` a connection, however many streams it
 //!   waits in. A stalled reader does not keep other streams' waiting readers from theirs.

@@ -95,6 +95,8 @@ counters! {
     incoming_failed,
     /// Retry packets sent.
     retries,
+    /// Of these, such that send the client to another shard.
+    retries_moved,
     /// Connections started by this side.
     connects,
     /// Handshakes that exceeded their deadline.

@@ -197,7 +197,7 @@ fn soak_of_rebindings_overload_and_full_queues() {
     let number = |name| std::env::var(name).ok().map(|text: String| text.parse().expect(name));
     let seeds: Vec<u64> = match number("STOQ_SOAK_SEED") {
         Some(seed) => vec![seed],
-        None => (1..=number("STOQ_SOAK").unwrap_or(12)).collect(),
+        None => (1..=number("STOQ_SOAK").unwrap_or(8)).collect(),
     };
     let mut sum = ShardCounters::default();
     let (mut completed, mut failed, mut rebindings) = (0, 0, 0);

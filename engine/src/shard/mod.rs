@@ -42,6 +42,7 @@ use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
 use crate::handles::HandleApp;
 use crate::metrics::ShardMetrics;
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{AppEvent, Gate, Owner, Protocol, tx_meta};
 use mailbox::{Command, Mailbox, ShutdownOrder};
@@ -76,6 +77,7 @@ struct Ending {
 pub(crate) struct Siblings {
     pub(crate) mailboxes: Arc<[Mailbox]>,
     pub(crate) cids: Cids,
+    pub(crate) loads: Loads,
 }
 
 /// One core's share of the engine. See the [module documentation](self).
@@ -233,6 +235,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Datagrams that arrived at other shards, then commands of other threads.
     fn drain_mailbox(&mut self, now: Instant) -> bool {
         let mut worked = false;
+        // A share of its own, too: handshakes of this shard's queue cannot hold back the others'.
+        self.proto.allow_handshake_steps();
         for _ in 0..RX_BATCH_DATAGRAMS_MAX {
             if !self.proto.handshakes_may_go_on() {
                 break;
@@ -325,7 +329,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
         };
         match event {
-            Event::HandshakeDataReady => {}
+            Event::HandshakeDataReady => {
+                if owner == Owner::Handles {
+                    let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
+                    self.handles.handle_handshake_data(&mut cx, conn);
+                }
+            }
             Event::Connected => {
                 self.proto.handshake_over(conn);
                 self.proto.note_connected(conn);

@@ -25,6 +25,7 @@ use crate::engine::EngineShared;
 use crate::error::StartError;
 use crate::handles::HandleApp;
 use crate::metrics::{ShardCounters, ShardMetrics};
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
@@ -166,6 +167,7 @@ fn shard_on<D: Datapath>(
         config,
         identity,
         cids: siblings.cids.clone(),
+        loads: siblings.loads.clone(),
         shard,
         shards: siblings.mailboxes.len(),
         metrics: metrics.clone(),
@@ -199,7 +201,8 @@ fn siblings(
         .map_err(source)?;
     let key = config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]));
     let cid = CidConfig { key: Some(key), ..config.cid.clone() };
-    Ok(Siblings { mailboxes, cids: Cids::new(CidTable::new(&cid, shards)) })
+    let cids = Cids::new(CidTable::new(&cid, shards));
+    Ok(Siblings { mailboxes, cids, loads: Loads::new(shards) })
 }
 
 impl SimNode for SimHost {
