@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use serde_json::json;
-use stoq::config::{BusyPoll, CongestionControl, TransportConfig};
+use stoq::config::{BusyPoll, CongestionControl, CryptoProviderChoice, TransportConfig};
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::{Engine, ShardStats};
 use stoq::metrics::TransportStats;
@@ -32,6 +32,9 @@ pub struct TransportArgs {
     /// Congestion control: bbr2 (the default), bbr3, cubic or newreno.
     #[arg(long)]
     pub cc: Option<CongestionControl>,
+    /// Who seals packets: auto (ipsec-mb where installed, the default), aws-lc-rs or ipsec-mb.
+    #[arg(long)]
+    pub crypto_provider: Option<CryptoProviderChoice>,
     /// Largest UDP payload, bytes; 0: what the interface carries, the default.
     #[arg(long)]
     pub udp_payload: Option<u16>,
@@ -88,6 +91,7 @@ impl TransportArgs {
         set(&mut config.shards, self.queues);
         set(&mut config.first_queue, self.first_queue);
         set(&mut config.congestion_control, self.cc);
+        set(&mut config.crypto_provider, self.crypto_provider);
         set(&mut config.mtu_upper_bound_bytes, self.udp_payload);
         set(&mut config.busy_poll, self.busy_poll);
         set(&mut config.spin_us, self.spin_us);
@@ -102,6 +106,12 @@ impl TransportArgs {
         if self.qlog_dir.is_some() {
             config.qlog_dir.clone_from(&self.qlog_dir);
         }
+    }
+
+    /// Who seals packets: the flag, else the file, else `auto`.
+    pub fn packet_crypto(&self) -> anyhow::Result<CryptoProviderChoice> {
+        let anywhere = SocketAddrV6::new(std::net::Ipv6Addr::UNSPECIFIED, 0, 0, 0);
+        Ok(self.transport(anywhere)?.crypto_provider)
     }
 
     /// Ends this process with its parent, when asked to.

@@ -87,18 +87,23 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .context("installing signal handlers")?;
     let readers = args.www.as_deref().map(FileReaders::start).transpose()?;
     let perf_only = [String::from_utf8_lossy(wire::ALPN).into_owned()];
+    let config = args.transport()?;
     let server = tls::server(&tls::ServerOptions {
         listen: args.listen,
         names: &args.names,
         alpn: if args.handles { &perf_only } else { &args.alpn },
         cert: args.cert.as_deref(),
         key: args.key.as_deref(),
+        packet_crypto: config.crypto_provider,
         cert_out: args.cert_out.as_deref(),
         enrol: &args.enrol,
     })?;
     // Renews the certificate for as long as we serve.
     let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
-    let mut builder = Engine::builder().config(args.transport()?).server(server.crypto());
+    let mut builder = Engine::builder()
+        .config(config)
+        .server(server.crypto())
+        .rotation(server.identity().clone());
     if !args.handles {
         builder =
             builder.app(move |_shard| Service { readers: readers.clone(), ..Service::default() });

@@ -189,9 +189,10 @@ fn start_client(args: &Args, server: &Server, shared: &Arc<Shared>) -> anyhow::R
     config.connections_per_shard_max =
         config.connections_per_shard_max.max(args.connections.div_ceil(config.shards.max(1)));
     let (shared, seed) = (shared.clone(), args.seed);
+    let tls = tls::client(&trust, "perf", config.crypto_provider)?;
     let engine = Engine::builder()
         .config(config)
-        .client(tls::client(&trust, "perf")?.crypto())
+        .client(tls.crypto())
         .app(move |shard| IdleApp::new(peer, name.clone(), shared.clone(), seed, shard))
         .start()?;
     Ok(engine)
