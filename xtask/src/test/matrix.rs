@@ -13,24 +13,26 @@ pub(crate) struct Matrix {
 }
 
 impl Matrix {
-    /// Adds what libtest says in `log`: `test faults::mtu::af_xdp ... ok`.
+    /// Adds what libtest says in `log`: `test faults::mtu::af_xdp ... ok`. What a test writes while it
+    /// runs may come between its name and its verdict, which then stands on a line of its own.
     pub(crate) fn add_log(&mut self, log: &str) {
+        let mut open: Option<(String, usize)> = None;
         for line in log.lines() {
-            let Some((case, verdict)) =
-                line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
-            else {
-                continue;
-            };
-            let Some((test, datapath)) = case.rsplit_once("::") else { continue };
-            let Some(column) = DATAPATHS.iter().position(|name| *name == datapath) else {
-                continue;
-            };
-            let verdict = match verdict.trim() {
+            let mut verdict = line.trim();
+            let named = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "));
+            if let Some((case, rest)) = named {
+                open = case_of(case);
+                verdict = rest.trim();
+            }
+            let verdict = match verdict {
                 "ok" => "passed",
                 "FAILED" => "FAILED",
-                _ => "left out",
+                ignored if named.is_some() && ignored.starts_with("ignored") => "left out",
+                _ => continue,
             };
-            self.tests.entry(test.to_owned()).or_default()[column] = Some(verdict.to_owned());
+            if let Some((test, column)) = open.take() {
+                self.tests.entry(test).or_default()[column] = Some(verdict.to_owned());
+            }
         }
     }
 
@@ -53,6 +55,13 @@ impl Matrix {
     }
 }
 
+/// The test and the column of a case, if it has one.
+fn case_of(case: &str) -> Option<(String, usize)> {
+    let (test, datapath) = case.rsplit_once("::")?;
+    let column = DATAPATHS.iter().position(|name| *name == datapath)?;
+    Some((test.to_owned(), column))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,7 +72,8 @@ mod tests {
         matrix.add_log(
             "running 6 tests\n\
              test mtu_lowered::af_xdp ... ok\n\
-             test mtu_lowered::socket ... FAILED\n\
+             test mtu_lowered::socket ... a warning of a child\n\
+             FAILED\n\
              test only::socket ... ok\n\
              test choice::names ... ok\n\
              test result: ok. 3 passed\n",
