@@ -81,19 +81,21 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1])
         .context("installing signal handlers")?;
     let readers = args.www.as_deref().map(FileReaders::start).transpose()?;
+    let config = args.transport()?;
     let server = tls::server(&tls::ServerOptions {
         listen: args.listen,
         names: &args.names,
         alpn: &args.alpn,
         cert: args.cert.as_deref(),
         key: args.key.as_deref(),
+        packet_crypto: config.crypto_provider,
         cert_out: args.cert_out.as_deref(),
         enrol: &args.enrol,
     })?;
     // Renews the certificate for as long as we serve.
     let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
     let engine = Engine::builder()
-        .config(args.transport()?)
+        .config(config)
         .server(server.crypto())
         .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
         .start()?;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use stoq::certs::{ClientTls, IdentityNames, RotatingIdentity, ServerTls};
+use stoq::config::CryptoProviderChoice;
 
 use crate::ca::EnrolArgs;
 use crate::client::TrustArgs;
@@ -22,6 +23,8 @@ pub struct ServerOptions<'a> {
     pub cert: Option<&'a Path>,
     /// The key.
     pub key: Option<&'a Path>,
+    /// Who seals packets.
+    pub packet_crypto: CryptoProviderChoice,
     /// Where to write what clients shall trust.
     pub cert_out: Option<&'a Path>,
     /// A CA elsewhere.
@@ -46,14 +49,19 @@ pub fn server(options: &ServerOptions<'_>) -> anyhow::Result<ServerTls> {
     ServerTls::builder()
         .identity(identity)
         .alpn(options.alpn.iter().map(String::as_bytes))
+        .packet_crypto(options.packet_crypto)
         .key_log(true)
         .build()
         .context("the server's TLS")
 }
 
 /// The client's TLS for one protocol.
-pub fn client(trust: &TrustArgs, alpn: &str) -> anyhow::Result<ClientTls> {
-    let mut builder = ClientTls::builder().alpn([alpn]).key_log(true);
+pub fn client(
+    trust: &TrustArgs,
+    alpn: &str,
+    packet_crypto: CryptoProviderChoice,
+) -> anyhow::Result<ClientTls> {
+    let mut builder = ClientTls::builder().alpn([alpn]).packet_crypto(packet_crypto).key_log(true);
     builder = match (&trust.ca, trust.danger_insecure) {
         (Some(path), _) => builder.roots_pem(path),
         (None, true) => builder.danger_accept_any_server_certificate(),

@@ -5,6 +5,7 @@
 //! unit that ends the name.
 
 mod cid;
+mod crypto;
 mod pool;
 mod tls;
 
@@ -29,6 +30,7 @@ pub use cid::{
     CID_BYTES_MAX, CID_NONCE_BYTES_MIN, CID_ROTATION_MAX, CID_SERVER_ID_BYTES_MAX, CID_SHARD_BYTES,
     CidConfig, CidKey, ServerId,
 };
+pub use crypto::CryptoProviderChoice;
 pub use pool::PoolConfig;
 pub use tls::TlsConfig;
 
@@ -55,8 +57,8 @@ pub const STREAMS_ALLOWED_INITIAL: u64 = 32;
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
-/// commands of either kind; whatever arrived behind them waits for the next turn.
+/// Steps of handshakes, up to 150 µs each, that received datagrams cause in one turn at most, and
+/// likewise datagrams of other shards and commands of either kind; what came behind them waits.
 pub const HANDSHAKE_STEPS_MAX: usize = 3;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
@@ -321,6 +323,10 @@ pub struct TransportConfig {
     /// Where Prometheus text is served over HTTP (`/metrics`); none: nowhere. It is not
     /// authenticated: a loopback address unless the network is trusted.
     pub metrics_address: Option<SocketAddrV6>,
+    /// Which implementation of AES-GCM protects packets where the engine makes the TLS
+    /// configuration ([`Self::tls`]); programs that make their own say it to
+    /// [`ServerTlsBuilder`](crate::certs::ServerTlsBuilder::packet_crypto).
+    pub crypto_provider: CryptoProviderChoice,
     /// TLS of [`StoqTransport::new`](crate::transport::StoqTransport::new).
     pub tls: Option<TlsConfig>,
     /// Demand zero-copy AF_XDP: refuse to start in copy mode.
@@ -387,6 +393,7 @@ impl Default for TransportConfig {
             message_size_max: 64 << 20,
             shutdown_grace_ms: 5_000,
             metrics_address: None,
+            crypto_provider: CryptoProviderChoice::Auto,
             tls: None,
             require_zero_copy: false,
             allow_skb_mode: false,

@@ -26,6 +26,7 @@ use super::padding::WithoutPadding;
 use super::provider;
 use super::server_session::ServerSession;
 use super::tls::initial_suite;
+use crate::proto::crypto::CryptoProvider as PacketCrypto;
 
 /// Counts the changes of a connection's packet protection keys (RFC 9001 §6). Clones count together.
 #[derive(Debug, Clone, Default)]
@@ -57,6 +58,9 @@ pub struct HandshakeInfo {
     pub server_name: Option<String>,
     /// Key exchange group; [`NamedGroup::X25519MLKEM768`] is post-quantum.
     pub group: Option<NamedGroup>,
+    /// Who seals and opens packets of the AES suites; unknown with cipher suites of the
+    /// application's own.
+    pub packet_crypto: Option<PacketCrypto>,
     pub(crate) key_updates: KeyUpdates,
 }
 
@@ -72,6 +76,7 @@ impl HandshakeInfo {
                 alpn: data.protocol,
                 server_name: data.server_name,
                 group: None,
+                packet_crypto: None,
                 key_updates: KeyUpdates::default(),
             }),
         }
@@ -126,6 +131,7 @@ pub(super) struct SessionContext {
     pub(super) faults: Arc<FaultCounters>,
     /// The groups on offer here, for the error text.
     pub(super) groups: &'static str,
+    pub(super) packet_crypto: Option<PacketCrypto>,
 }
 
 /// Server configuration whose sessions report group and faults.
@@ -237,6 +243,7 @@ impl Session for ObservedSession {
             alpn: data.protocol,
             server_name: data.server_name,
             group: self.group,
+            packet_crypto: self.context.packet_crypto,
             key_updates: self.key_updates.clone(),
         }))
     }

@@ -87,7 +87,7 @@ fn showing(mut server: ServerTls, chain: Vec<CertificateDer<'static>>, key: &Key
     server.crypto = server_crypto(ObservedServerConfig {
         inner: server.quic.clone(),
         config: server.config.clone(),
-        context: Common::default().context(&server.faults),
+        context: Common::default().context(&server.faults, None),
     });
     server
 }
@@ -132,6 +132,8 @@ fn a_handshake_by_dns_name_and_by_address() {
             let info = HandshakeInfo::of_session(&**session).unwrap();
             assert_eq!(info.group, Some(NamedGroup::X25519MLKEM768));
             assert!(info.is_post_quantum());
+            let choice = PacketCrypto::choose(CryptoProviderChoice::Auto).unwrap();
+            assert_eq!(info.packet_crypto, Some(choice));
             assert_eq!(info.alpn.as_deref(), Some(&b"stoq-test"[..]));
         }
         let peer = PeerIdentity::of_session(&*done.client).unwrap().unwrap();
@@ -369,7 +371,7 @@ fn classical(mut client: ClientTls) -> ClientTls {
         Arc::new(QuicClientConfig::with_initial(client.config.clone(), initial_suite()).unwrap());
     client.crypto = client_crypto(ObservedClientConfig {
         inner: client.quic.clone(),
-        context: Common::default().context(&client.faults),
+        context: Common::default().context(&client.faults, None),
     });
     client
 }

@@ -11,6 +11,7 @@ pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
 pub(crate) mod credit;
+pub mod crypto;
 pub(crate) mod pacing;
 mod pooling;
 mod qlog;

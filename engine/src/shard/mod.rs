@@ -235,6 +235,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Datagrams that arrived at other shards, then commands of other threads.
     fn drain_mailbox(&mut self, now: Instant) -> bool {
         let mut worked = false;
+        // A share of its own, too: handshakes of this shard's queue cannot hold back the others'.
+        self.proto.allow_handshake_steps();
         for _ in 0..RX_BATCH_DATAGRAMS_MAX {
             if !self.proto.handshakes_may_go_on() {
                 break;

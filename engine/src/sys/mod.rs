@@ -8,6 +8,7 @@
 pub(crate) mod bpf;
 pub(crate) mod cursor;
 pub(crate) mod ethtool;
+pub(crate) mod ipsec_mb;
 pub(crate) mod mmap;
 pub(crate) mod numa;
 pub(crate) mod raw_array;

@@ -202,11 +202,13 @@ fn one_case(command: &mut Command, log: &Path) -> Result<Outcome> {
 
 fn setup(context: &mut Context, _: &Path) -> Result<Outcome> {
     let needs = packages::test_needs(&context.workspace);
-    if packages::missing(&needs).is_empty() {
-        return Ok(Outcome::Ran(Tally::default()));
-    }
     let (terminal, machine) = (&mut context.terminal, &context.machine);
     packages::install_missing(terminal, machine, &needs, context.yes)?;
+    let optional = packages::optional_needs();
+    packages::install_optional(terminal, machine, &optional, context.yes)?;
+    for line in packages::explain(&packages::missing(&optional)) {
+        terminal.warn(&format!("NOT TESTED, for it is missing: {line}"));
+    }
     Ok(Outcome::Ran(Tally::default()))
 }
 
