@@ -97,6 +97,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let engine = Engine::builder()
         .config(config)
         .server(server.crypto())
+        .rotation(server.identity().clone())
         .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
         .start()?;
     announce(args, &engine)?;
