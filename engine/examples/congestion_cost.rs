@@ -17,7 +17,7 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 /// Sends packets and acknowledges them, without a network.
-pub fn main() {
+pub(crate) fn main() {
     let version = number("BBR", 2);
     let packets = number("PACKETS", 10_000);
     let params = if version == 2 { Params::BBR2 } else { Params::BBR3 };
