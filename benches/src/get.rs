@@ -56,10 +56,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         targets.iter().all(|(other, _)| *other == peer),
         "all URLs must name the same server: one connection fetches them"
     );
-    let engine = Engine::builder()
-        .config(args.transport.transport(args.trust.bind_addr(peer.scope_id()))?)
-        .client(tls::client(&args.trust, "hq-interop")?.crypto())
-        .start()?;
+    let config = args.transport.transport(args.trust.bind_addr(peer.scope_id()))?;
+    let tls = tls::client(&args.trust, "hq-interop", config.crypto_provider)?;
+    let engine = Engine::builder().config(config).client(tls.crypto()).start()?;
     let start = Instant::now();
     let connection = pollster::block_on(engine.connect(peer, &args.trust.name_of(&peer)))
         .with_context(|| format!("connecting to {peer}"))?;

@@ -6,7 +6,9 @@ use std::path::Path;
 
 use anyhow::Context;
 use stoq::certs::{ClientTls, IdentityNames, RotatingIdentity, ServerTls};
+use stoq::config::CryptoProviderChoice;
 
+use crate::ca::EnrolArgs;
 use crate::client::TrustArgs;
 
 /// What a server shows.
@@ -21,18 +23,24 @@ pub struct ServerOptions<'a> {
     pub cert: Option<&'a Path>,
     /// The key.
     pub key: Option<&'a Path>,
+    /// Who seals packets.
+    pub packet_crypto: CryptoProviderChoice,
     /// Where to write what clients shall trust.
     pub cert_out: Option<&'a Path>,
+    /// A CA elsewhere.
+    pub enrol: &'a EnrolArgs,
 }
 
 /// The server's TLS: the given certificate, or one under a root of its own in memory.
 pub fn server(options: &ServerOptions<'_>) -> anyhow::Result<ServerTls> {
-    let identity = match (options.cert, options.key) {
-        (Some(cert), Some(key)) => RotatingIdentity::from_pem_files(cert, key),
-        _ => RotatingIdentity::self_signed(names(options)?),
-    }
-    .start()
-    .context("the server's certificate")?;
+    let names = || listen_names(options.listen, options.names);
+    let identity = match (options.enrol.identity(names)?, options.cert, options.key) {
+        (Some(enrolled), ..) => enrolled,
+        (None, Some(cert), Some(key)) => RotatingIdentity::from_pem_files(cert, key)
+            .start()
+            .context("the server's certificate")?,
+        _ => RotatingIdentity::self_signed(names()?).start().context("the server's certificate")?,
+    };
     if let Some(path) = options.cert_out {
         let pem: String = identity.roots().iter().map(|root| pem(root)).collect();
         anyhow::ensure!(!pem.is_empty(), "--cert-out: with --cert, clients trust your own root");
@@ -41,14 +49,19 @@ pub fn server(options: &ServerOptions<'_>) -> anyhow::Result<ServerTls> {
     ServerTls::builder()
         .identity(identity)
         .alpn(options.alpn.iter().map(String::as_bytes))
+        .packet_crypto(options.packet_crypto)
         .key_log(true)
         .build()
         .context("the server's TLS")
 }
 
 /// The client's TLS for one protocol.
-pub fn client(trust: &TrustArgs, alpn: &str) -> anyhow::Result<ClientTls> {
-    let mut builder = ClientTls::builder().alpn([alpn]).key_log(true);
+pub fn client(
+    trust: &TrustArgs,
+    alpn: &str,
+    packet_crypto: CryptoProviderChoice,
+) -> anyhow::Result<ClientTls> {
+    let mut builder = ClientTls::builder().alpn([alpn]).packet_crypto(packet_crypto).key_log(true);
     builder = match (&trust.ca, trust.danger_insecure) {
         (Some(path), _) => builder.roots_pem(path),
         (None, true) => builder.danger_accept_any_server_certificate(),
@@ -59,22 +72,28 @@ pub fn client(trust: &TrustArgs, alpn: &str) -> anyhow::Result<ClientTls> {
     builder.build().context("the client's TLS")
 }
 
-/// The listen address, or every address of this machine when it listens on all, and the names asked for.
-fn names(options: &ServerOptions<'_>) -> anyhow::Result<IdentityNames> {
-    let mut names = IdentityNames::new().with_dns("localhost")?;
-    for name in options.names {
-        names = match name.parse::<Ipv6Addr>() {
-            Ok(address) => names.with_ipv6(address),
-            Err(_not_an_address) => names.with_dns(name)?,
-        };
-    }
-    if !options.listen.ip().is_unspecified() {
-        return Ok(names.with_ipv6(*options.listen.ip()));
+/// `localhost`, the names asked for, and the listen address, or every address of this machine when it
+/// listens on all.
+pub fn listen_names(listen: SocketAddrV6, further: &[String]) -> anyhow::Result<IdentityNames> {
+    let mut names = add_names(IdentityNames::new().with_dns("localhost")?, further)?;
+    if !listen.ip().is_unspecified() {
+        return Ok(names.with_ipv6(*listen.ip()));
     }
     let text = std::fs::read_to_string("/proc/net/if_inet6").context("/proc/net/if_inet6")?;
     for address in text.lines().filter_map(|line| line.split(' ').next()) {
         let bits = u128::from_str_radix(address, 16).context("/proc/net/if_inet6")?;
         names = names.with_ipv6(Ipv6Addr::from_bits(bits));
+    }
+    Ok(names)
+}
+
+/// Adds DNS names and IPv6 addresses.
+pub fn add_names(mut names: IdentityNames, further: &[String]) -> anyhow::Result<IdentityNames> {
+    for name in further {
+        names = match name.parse::<Ipv6Addr>() {
+            Ok(address) => names.with_ipv6(address),
+            Err(_not_an_address) => names.with_dns(name)?,
+        };
     }
     Ok(names)
 }

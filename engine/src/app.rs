@@ -16,6 +16,7 @@ use quinn_proto::{Dir, StreamId, VarInt};
 
 use crate::datapath::Datapath;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
+use crate::handles::Command as HandleCommand;
 use crate::pool::{CheckoutError, Lease, PoolEvent};
 use crate::proto::{ConnectionStats, Owner, Protocol};
 use crate::shard::mailbox::{Command, Mailbox};
@@ -27,21 +28,46 @@ pub struct ConnId {
     pub(crate) generation: u32,
 }
 
-/// A client that knocks: accept, refuse, retry or ignore it through [`ShardCx`].
+/// A client that knocks: accept, refuse, retry or ignore it through [`ShardCx`]. It may be kept and
+/// answered later; dropped without an answer, it is refused.
 #[derive(Debug)]
-pub struct Incoming(pub(crate) quinn_proto::Incoming);
+pub struct Incoming {
+    /// Taken by an answer.
+    inner: Option<quinn_proto::Incoming>,
+    mailbox: Mailbox,
+}
 
 impl Incoming {
+    pub(crate) fn new(inner: quinn_proto::Incoming, mailbox: Mailbox) -> Self {
+        Self { inner: Some(inner), mailbox }
+    }
+
     /// The client's address, validated or not.
     #[must_use]
     pub fn remote(&self) -> SocketAddrV6 {
-        crate::proto::v6(self.0.remote_address())
+        crate::proto::v6(self.inner().remote_address())
     }
 
     /// Whether the client has proved that it receives packets at its address.
     #[must_use]
     pub fn is_validated(&self) -> bool {
-        self.0.remote_address_validated()
+        self.inner().remote_address_validated()
+    }
+
+    fn inner(&self) -> &quinn_proto::Incoming {
+        self.inner.as_ref().expect("taken only by an answer, which consumes it")
+    }
+
+    fn into_inner(mut self) -> quinn_proto::Incoming {
+        self.inner.take().expect("taken only by an answer, which consumes it")
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some(incoming) = self.inner.take() {
+            self.mailbox.notify(HandleCommand::Undecided(Box::new(incoming)));
+        }
     }
 }
 
@@ -213,12 +239,12 @@ impl ShardCx<'_> {
     /// The client's first flight was invalid or a limit is reached; it was answered.
     pub fn accept(&mut self, incoming: Incoming) -> Result<ConnId, ConnectionError> {
         let mtu_bytes = self.paths.max_udp_payload(&incoming.remote());
-        self.proto.accept(self.now, incoming.0, mtu_bytes, self.owner)
+        self.proto.accept(self.now, incoming.into_inner(), mtu_bytes, self.owner)
     }
 
     /// Refuses a client with CONNECTION_REFUSED.
     pub fn refuse(&mut self, incoming: Incoming) {
-        self.proto.refuse(incoming.0);
+        self.proto.refuse(incoming.into_inner());
     }
 
     /// Asks a client to prove its address; one that has already is accepted or refused by the caller.
@@ -228,12 +254,14 @@ impl ShardCx<'_> {
     // The large error hands the client back; it lives on the stack for one call.
     #[allow(clippy::result_large_err)]
     pub fn retry(&mut self, incoming: Incoming) -> Result<(), Incoming> {
-        self.proto.retry(incoming.0).map_err(Incoming)
+        let mailbox = incoming.mailbox.clone();
+        let retried = self.proto.retry(incoming.into_inner());
+        retried.map_err(|validated| Incoming::new(validated, mailbox))
     }
 
     /// Forgets a client without an answer.
     pub fn ignore(&mut self, incoming: Incoming) {
-        self.proto.ignore(incoming.0);
+        self.proto.ignore(incoming.into_inner());
     }
 
     /// Opens a stream; `None` while the peer allows no more, or when the connection is gone.
@@ -243,7 +271,9 @@ impl ShardCx<'_> {
 
     /// Takes the next stream that the peer opened.
     pub fn accept_stream(&mut self, conn: ConnId, dir: Dir) -> Option<StreamId> {
-        self.proto.touch(conn)?.streams().accept(dir)
+        let stream = self.proto.touch(conn)?.streams().accept(dir)?;
+        self.proto.note_stream_accepted(self.now, conn, dir, stream.index());
+        Some(stream)
     }
 
     /// Writes chunks by reference; taken chunks are left empty, a partly taken one is advanced.
@@ -323,6 +353,14 @@ impl ShardCx<'_> {
         outcome
     }
 
+    /// The code with which the peer reset a stream, whether or not its data was read; once, after
+    /// which the stream is unknown.
+    pub fn received_reset(&mut self, conn: ConnId, stream: StreamId) -> Option<VarInt> {
+        let code = self.proto.touch_for_read(conn)?.recv_stream(stream).received_reset().ok()??;
+        self.proto.queue_transmit(conn);
+        Some(code)
+    }
+
     /// Queues an unreliable datagram (RFC 9221).
     ///
     /// # Errors
@@ -357,6 +395,13 @@ impl ShardCx<'_> {
         if let Some(connection) = self.proto.touch(conn) {
             connection.close(now, code, reason);
         }
+    }
+
+    /// Whether the handshake still goes on: what arrives now is early data, which an attacker may
+    /// have recorded and sent again (RFC 9001 §9.2), and nobody has proved who they are.
+    #[must_use]
+    pub fn is_handshaking(&self, conn: ConnId) -> bool {
+        self.proto.connection(conn).is_some_and(quinn_proto::Connection::is_handshaking)
     }
 
     /// Statistics of a connection.

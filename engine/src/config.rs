@@ -5,6 +5,7 @@
 //! unit that ends the name.
 
 mod cid;
+mod crypto;
 mod pool;
 mod tls;
 
@@ -21,6 +22,7 @@ use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
 use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
+use crate::proto::credit::streams_allowed_initial;
 
 #[cfg(test)]
 pub(crate) use cid::unhex;
@@ -28,6 +30,7 @@ pub use cid::{
     CID_BYTES_MAX, CID_NONCE_BYTES_MIN, CID_ROTATION_MAX, CID_SERVER_ID_BYTES_MAX, CID_SHARD_BYTES,
     CidConfig, CidKey, ServerId,
 };
+pub use crypto::CryptoProviderChoice;
 pub use pool::PoolConfig;
 pub use tls::TlsConfig;
 
@@ -37,20 +40,26 @@ pub const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
 pub const MIN_MTU_BYTES_MAX: u16 = 16_383;
 /// Smallest UDP payload that every QUIC path must carry (RFC 9000 §14).
 pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1_200;
+/// UDP payload on the loopback, whose MTU is 65536 (no other device's exceeds 65535).
+pub const LOOPBACK_PAYLOAD_BYTES: u16 = 65_488;
 /// Largest UDP payload of a link between machines: jumbo frames, with room to spare.
 pub const LINK_PAYLOAD_BYTES_MAX: u16 = 16_384;
 /// Datagrams that one turn receives at most, so that a flood cannot starve transmission.
 pub const RX_BATCH_DATAGRAMS_MAX: usize = 256;
 /// Bytes of one receive slab: below the allocator's mmap threshold, above what a turn needs at MTU 1500.
 pub const RX_SLAB_BYTES: usize = 120 * 1024;
-/// Resident bytes of a connection without buffered data and stream tables (measured, both ends: 52 kB).
-pub const IDLE_CONNECTION_BYTES_MAX: u64 = 64 << 10;
+/// Resident bytes of a connection without buffered data and stream tables (measured: 26 kB).
+pub const IDLE_CONNECTION_BYTES_MAX: u64 = 34 << 10;
+/// Streams of each kind that a new connection's peer may open; more as it uses them, up to
+/// `max_concurrent_streams`, because quinn-proto keeps table entries for all that it allows. Its
+/// tables are used to 7/8: 28 and 2 × 28 entries fill 32 and 64 slots, 32 would take twice these.
+pub const STREAMS_ALLOWED_INITIAL: u64 = 28;
 /// Received datagrams that wait for the application, bytes per connection, where any are taken.
 pub const DATAGRAM_RECEIVE_BUFFER_BYTES_MIN: u64 = 1 << 20;
 /// Commands that one turn takes from its mailbox at most.
 pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
-/// Steps of handshakes, up to 150 µs each, that datagrams cause in one turn at most, and likewise
-/// commands of either kind; whatever arrived behind them waits for the next turn.
+/// Steps of handshakes, up to 150 µs each, that received datagrams cause in one turn at most, and
+/// likewise datagrams of other shards and commands of either kind; what came behind them waits.
 pub const HANDSHAKE_STEPS_MAX: usize = 3;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
@@ -64,6 +73,9 @@ pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 pub const TRANSPORTS_MAX: usize = 16;
 /// Datagrams from other shards that wait in a shard's mailbox.
 pub const HANDOFF_DATAGRAMS_MAX: usize = 4096;
+/// A shard sends new clients elsewhere by a Retry when it has so many connections more than twice the
+/// least busy shard's.
+pub const BALANCE_IMBALANCE_CONNECTIONS: usize = 64;
 /// 64-bit words of each of the two filters of used address tokens: 1 MiB, taken with the first token.
 /// 300 000 tokens in one lifetime are told apart but for one in 1000.
 pub const USED_TOKENS_FILTER_WORDS: usize = 1 << 17;
@@ -73,6 +85,14 @@ pub const SHARDS_MAX: usize = 256;
 pub const POOL_CONNECTS_PER_TURN_MAX: usize = 3;
 /// Pool events that wait for async readers at most; the oldest go first and are counted.
 pub const POOL_EVENTS_QUEUED_MAX: usize = 1024;
+/// Packets after which the peer is asked to acknowledge at once, plus one: sparse ACKs at high rates.
+/// A window of 44 packets still sees four in a round trip, which bandwidth probing wants.
+pub const ACK_ELICITING_THRESHOLD: u32 = 10;
+/// After this long the peer is asked to acknowledge fewer: at low rates the packets of a round trip
+/// are few, and four ACKs in it need a delay of a fourth. The least that quinn-proto can ask for.
+pub const ACK_DELAY_MAX: Duration = Duration::from_millis(1);
+/// How often an engine with `failover` looks whether its XDP program is still attached, ms.
+pub const FAILOVER_CHECK_INTERVAL_MS: u64 = 500;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
 
@@ -156,11 +176,38 @@ impl std::str::FromStr for CongestionControl {
 pub enum RetryPolicy {
     /// Never.
     Never,
-    /// When more than a quarter of `incoming_max` handshakes are under way.
+    /// When more than a quarter of `incoming_max` handshakes are under way, and when this shard has far
+    /// more connections than another: the Retry sends the client there.
     #[default]
     UnderLoad,
     /// Always: costs each client one round trip.
     Always,
+}
+
+/// What a shard does that has no work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BusyPoll {
+    /// It sleeps at once.
+    Off,
+    /// It spins for `spin_us` where that has ended in work of late, and else sleeps at once.
+    #[default]
+    Adaptive,
+    /// It never sleeps: it takes a whole core, and no packet waits for a wake-up.
+    Always,
+}
+
+impl std::str::FromStr for BusyPoll {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "off" => Ok(Self::Off),
+            "adaptive" => Ok(Self::Adaptive),
+            "always" => Ok(Self::Always),
+            _ => Err(format!("`{name}` is not one of off, adaptive, always")),
+        }
+    }
 }
 
 /// A value that the engine refuses to start with.
@@ -248,7 +295,10 @@ pub struct TransportConfig {
     pub initial_window_packets: u64,
     /// Ask the peer for sparse ACKs (draft-ietf-quic-ack-frequency).
     pub ack_frequency: bool,
-    /// Time a shard spins without work before it sleeps, µs. 0 to 1000000.
+    /// Whether a shard without work spins or sleeps.
+    pub busy_poll: BusyPoll,
+    /// Time a shard spins without work before it sleeps, µs, where `busy_poll` is adaptive.
+    /// 0 to 1000000.
     pub spin_us: u64,
     /// Commands that wait in a shard's mailbox at most.
     pub mailbox_capacity: usize,
@@ -274,12 +324,24 @@ pub struct TransportConfig {
     /// Where Prometheus text is served over HTTP (`/metrics`); none: nowhere. It is not
     /// authenticated: a loopback address unless the network is trusted.
     pub metrics_address: Option<SocketAddrV6>,
+    /// Which implementation of AES-GCM protects packets where the engine makes the TLS
+    /// configuration ([`Self::tls`]); programs that make their own say it to
+    /// [`ServerTlsBuilder`](crate::certs::ServerTlsBuilder::packet_crypto).
+    pub crypto_provider: CryptoProviderChoice,
     /// TLS of [`StoqTransport::new`](crate::transport::StoqTransport::new).
     pub tls: Option<TlsConfig>,
     /// Demand zero-copy AF_XDP: refuse to start in copy mode.
     pub require_zero_copy: bool,
     /// Allow AF_XDP in generic (SKB) mode where the driver has no native one.
     pub allow_skb_mode: bool,
+    /// Go on over the kernel's socket when an AF_XDP device fails while connections run, also where
+    /// `datapath` is `af_xdp`, and back when it is there again; otherwise they end with
+    /// [`DatapathFailed`](crate::error::ConnectionError::DatapathFailed).
+    pub failover: bool,
+    /// First wait before a failed AF_XDP device is opened again, ms; doubled with every attempt. 10 to 60000.
+    pub failover_backoff_ms_min: u64,
+    /// Longest wait, ms. `failover_backoff_ms_min` to 3600000.
+    pub failover_backoff_ms_max: u64,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
     /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
@@ -320,6 +382,7 @@ impl Default for TransportConfig {
             initial_rtt_us: 100_000,
             initial_window_packets: 10,
             ack_frequency: true,
+            busy_poll: BusyPoll::Adaptive,
             spin_us: 50,
             mailbox_capacity: 4096,
             stream_send_queue_bytes: 1 << 20,
@@ -331,9 +394,13 @@ impl Default for TransportConfig {
             message_size_max: 64 << 20,
             shutdown_grace_ms: 5_000,
             metrics_address: None,
+            crypto_provider: CryptoProviderChoice::Auto,
             tls: None,
             require_zero_copy: false,
             allow_skb_mode: false,
+            failover: true,
+            failover_backoff_ms_min: 100,
+            failover_backoff_ms_max: 5_000,
             qlog_dir: None,
             resume: None,
         }
@@ -376,13 +443,16 @@ impl TransportConfig {
         Ok(config)
     }
 
-    /// Resident bytes that a connection without buffered data takes at most, on either side.
-    ///
-    /// quinn-proto keeps a table entry for every stream that the peer may open, used or not: with
-    /// `max_concurrent_streams` at 1000 these are 137 kB, most of an idle connection.
+    /// Resident bytes that a connection without buffered data takes at most, on either side, whose
+    /// peer never had more than [`STREAMS_ALLOWED_INITIAL`] / 2 streams of a kind open.
     #[must_use]
     pub const fn idle_connection_bytes_max(&self) -> u64 {
-        let streams = self.max_concurrent_streams;
+        self.connection_bytes_with(streams_allowed_initial(self.max_concurrent_streams))
+    }
+
+    /// quinn-proto keeps a table entry for every stream that the peer may open, used or not: for
+    /// 1000 these are 137 kB, most of an idle connection.
+    const fn connection_bytes_with(&self, streams: u64) -> u64 {
         // Receiving: both kinds; sending: bidirectional ones.
         let receiving = table_slots(2 * streams).saturating_mul(25);
         let sending = table_slots(streams).saturating_mul(17);
@@ -405,7 +475,7 @@ impl TransportConfig {
         };
         let datagrams = datagrams_received + self.datagram_send_buffer_size as u64;
         let buffered = received + self.send_buffer_size + datagrams;
-        self.idle_connection_bytes_max().saturating_add(buffered)
+        self.connection_bytes_with(self.max_concurrent_streams).saturating_add(buffered)
     }
 
     /// Checks every limit.
@@ -452,8 +522,23 @@ impl TransportConfig {
         self.pool.validate()?;
         check("message_size_max", self.message_size_max as u64, 1, 16 * GIB)?;
         check("shutdown_grace_ms", self.shutdown_grace_ms, 0, 600_000)?;
+        check("failover_backoff_ms_min", self.failover_backoff_ms_min, 10, 60_000)?;
+        let (longest, min) = (self.failover_backoff_ms_max, self.failover_backoff_ms_min);
+        check("failover_backoff_ms_max", longest, min, 3_600_000)?;
         if let Some(tls) = &self.tls {
             tls.validate()?;
+        }
+        if self.cid.lifetime_s != 0
+            && (self.idle_timeout_ms == 0 || self.cid.lifetime_s * 500 <= self.idle_timeout_ms)
+        {
+            return Err(ConfigError {
+                key: "cid.lifetime_s",
+                value: self.cid.lifetime_s.to_string(),
+                allowed: format!(
+                    "0, or more than twice idle_timeout_ms ({}), which must not be 0",
+                    self.idle_timeout_ms
+                ),
+            });
         }
         if !self.cores.is_empty() && self.cores.len() != self.shards {
             return Err(ConfigError {
@@ -518,15 +603,20 @@ impl TransportConfig {
         let initial_mtu = self.initial_mtu_bytes.min(upper_bound.max(UDP_PAYLOAD_BYTES_MIN));
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(upper_bound.max(initial_mtu));
-        if upper_bound > LINK_PAYLOAD_BYTES_MAX {
+        if upper_bound == LOOPBACK_PAYLOAD_BYTES {
+            // The route is the whole path: one probe, of the upper bound itself, tells all. (A
+            // halving of the range would be less than this change, which ends the search.)
+            discovery.minimum_change((upper_bound - initial_mtu) / 4 * 3);
+        } else if upper_bound > LINK_PAYLOAD_BYTES_MAX {
             // Only links inside a machine carry so much, and those carry all of what their route
             // says: a coarse search ends at exactly that, with a third of the probes.
             discovery.minimum_change(upper_bound / 16);
         }
         let mut quic = quinn_proto::TransportConfig::default();
+        let streams_allowed = varint(streams_allowed_initial(self.max_concurrent_streams));
         let initial_window = self.initial_window_packets * u64::from(initial_mtu);
-        quic.max_concurrent_bidi_streams(varint(self.max_concurrent_streams))
-            .max_concurrent_uni_streams(varint(self.max_concurrent_streams))
+        quic.max_concurrent_bidi_streams(streams_allowed)
+            .max_concurrent_uni_streams(streams_allowed)
             .send_window(self.send_buffer_size)
             // The queues of the stream handles are part of what was promised.
             .receive_window(varint(self.receive_buffer_size - self.handle_receive_queue_bytes()))
@@ -550,7 +640,9 @@ impl TransportConfig {
             })
             .ack_frequency_config(self.ack_frequency.then(|| {
                 let mut frequency = AckFrequencyConfig::default();
-                frequency.ack_eliciting_threshold(VarInt::from_u32(10));
+                frequency
+                    .ack_eliciting_threshold(VarInt::from_u32(ACK_ELICITING_THRESHOLD))
+                    .max_ack_delay(Some(ACK_DELAY_MAX));
                 frequency
             }))
             // The shard polls whole batches, over every datapath.
@@ -589,6 +681,20 @@ mod tests {
         assert!(TransportConfig::from_toml("bind = '127.0.0.1:1'").is_err(), "IPv4 does not exist");
         let error = TransportConfig::from_toml("shards = 0").expect_err("range");
         assert!(error.contains("1 to 256"), "{error}");
+    }
+
+    #[test]
+    fn failover_waits_have_a_range() {
+        let config = TransportConfig { failover_backoff_ms_max: 50, ..Default::default() };
+        let error = config.validate().expect_err("below the first wait");
+        assert_eq!(
+            (error.key, error.allowed.as_str()),
+            ("failover_backoff_ms_max", "100 to 3600000")
+        );
+        let config = TransportConfig { failover_backoff_ms_min: 9, ..Default::default() };
+        assert_eq!(config.validate().expect_err("too short").key, "failover_backoff_ms_min");
+        let config = TransportConfig::from_toml("failover = false").expect("valid");
+        assert!(!config.failover && TransportConfig::default().failover);
     }
 
     #[test]

@@ -222,6 +222,12 @@ impl Connection {
         self.inner.shared.handshake()?.peer_certificates.clone()
     }
 
+    /// Unknown counts as accepted: there was none to refuse.
+    pub(crate) fn was_early_data_accepted(&self) -> bool {
+        let handshake = self.inner.shared.handshake();
+        handshake.is_some_and(|handshake| handshake.early_data_accepted != Some(false))
+    }
+
     /// Datagrams that were dropped because nobody read them.
     #[must_use]
     pub fn datagrams_dropped(&self) -> u64 {

@@ -1,11 +1,12 @@
 //! The engine: its builder, its shards' threads, connect, accept, shut down.
 
+mod attempt;
+
 use std::any::Any;
 use std::net::SocketAddrV6;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,34 +18,33 @@ use quinn_proto::VarInt;
 use quinn_proto::crypto;
 
 use crate::app::ShardApp;
+use crate::certs::RotatingIdentity;
 use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
-use crate::connection::Connection;
+use crate::datapath::af_xdp::AfXdp;
+use crate::datapath::failover::AfXdpReopen;
 use crate::datapath::open::{self, Opened};
 use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
-use crate::handles::{Command as HandleCommand, ConnectReply, Decision, HandleApp, PoolCommand};
+use crate::handles::{Command as HandleCommand, HandleApp, PoolCommand};
 use crate::metrics::{
     MetricsServer, RateWindow, ShardCounters, ShardMetrics, TransportStats, prometheus,
 };
 use crate::placement;
 use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
+use crate::shard::spin::Spinner;
 use crate::shard::{Shard, Siblings, worker};
 use crate::sys::numa::PreferredNode;
 
-type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
+use attempt::Offer;
+pub use attempt::{Connecting, Incoming, ZeroRttAccepted};
 
-/// A client that knocked and waits for an answer.
-pub(crate) struct Offer {
-    shard: usize,
-    key: usize,
-    remote: SocketAddrV6,
-    validated: bool,
-}
+type AppFactory = Box<dyn FnMut(usize) -> Box<dyn ShardApp> + Send>;
 
 /// What the engine's handles and its shards share.
 pub(crate) struct EngineShared {
@@ -119,6 +119,7 @@ pub struct Builder {
     config: TransportConfig,
     identity: QuicIdentity,
     app: Option<AppFactory>,
+    rotation: Option<Arc<RotatingIdentity>>,
 }
 
 impl Builder {
@@ -169,12 +170,20 @@ impl Builder {
         self
     }
 
+    /// Shows how this identity fares in the statistics and the exported metrics. It does not renew it:
+    /// [`ServerTls::spawn_maintenance`](crate::certs::ServerTls::spawn_maintenance) does.
+    #[must_use]
+    pub fn rotation(mut self, identity: Arc<RotatingIdentity>) -> Self {
+        self.rotation = Some(identity);
+        self
+    }
+
     /// Opens the datapath and starts the shards.
     ///
     /// # Errors
     /// A setting, the datapath, a core or the system refused; nothing is left behind.
     pub fn start(self) -> Result<Engine, StartError> {
-        let Self { config, mut identity, app } = self;
+        let Self { config, mut identity, app, rotation } = self;
         config.validate()?;
         let mut secret = [0; 64];
         aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
@@ -206,14 +215,15 @@ impl Builder {
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
-            siblings: Siblings { mailboxes, cids },
+            siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
             cores: placement.cores,
             config: Arc::new(config),
+            rotation,
             identity,
             app,
+            node: placement.node,
             threads: Vec::new(),
             metrics: Vec::new(),
-            capabilities: Vec::new(),
         };
         starter.start(opened)
     }
@@ -238,7 +248,9 @@ struct Starter {
     cores: Vec<Option<core_affinity::CoreId>>,
     threads: Vec<JoinHandle<()>>,
     metrics: Vec<Arc<ShardMetrics>>,
-    capabilities: Vec<Capabilities>,
+    /// Where packet memory shall lie.
+    node: Option<usize>,
+    rotation: Option<Arc<RotatingIdentity>>,
 }
 
 impl Starter {
@@ -249,7 +261,13 @@ impl Starter {
         let xdp = opened.xdp.clone();
         let steering = opened.steering.clone();
         let result = match opened.datapaths {
-            open::Datapaths::AfXdp(paths) => self.spawn_all(paths),
+            open::Datapaths::AfXdp(paths) => match (opened.af_xdp, opened.xdp) {
+                (Some(config), Some(program)) if self.config.failover => {
+                    let reopen = AfXdpReopen::new(config, program, self.node);
+                    self.spawn_with_failover(paths, reopen)
+                }
+                _ => self.spawn_all(paths),
+            },
             open::Datapaths::IoUring(paths) => self.spawn_all(paths),
             open::Datapaths::Socket(paths) => self.spawn_all(paths),
         };
@@ -257,7 +275,6 @@ impl Starter {
             shared: self.shared,
             threads: Mutex::new(self.threads),
             metrics: self.metrics,
-            capabilities: self.capabilities.into(),
             pool_width: self.config.pool.connections_per_peer_max,
             local,
             reasons,
@@ -266,6 +283,7 @@ impl Starter {
             rates: Mutex::default(),
             cids: self.siblings.cids,
             exporter: None,
+            rotation: self.rotation,
         };
         // An engine that started in part is dropped here, which ends its shards.
         result?;
@@ -285,6 +303,27 @@ impl Starter {
         Ok(())
     }
 
+    /// The coordinator's thread comes last: it ends when the shards have ended.
+    fn spawn_with_failover(
+        &mut self,
+        paths: Vec<AfXdp>,
+        reopen: AfXdpReopen,
+    ) -> Result<(), StartError> {
+        let mailboxes = self.siblings.mailboxes.clone();
+        let offer =
+            move |shard: usize, path| mailboxes[shard].push(Command::Datapath(path)).is_ok();
+        let started = reopen.start(paths, &self.config, offer);
+        let (paths, coordinator) = started.map_err(|source| {
+            for _ in 0..self.config.shards {
+                self.shared.shard_ended();
+            }
+            StartError::System { what: "thread for the failover", source }
+        })?;
+        let spawned = self.spawn_all(paths);
+        self.threads.push(coordinator.into_thread());
+        spawned
+    }
+
     fn spawn<D: Datapath + Send + 'static>(
         &mut self,
         shard: usize,
@@ -299,8 +338,8 @@ impl Starter {
             queue = capabilities.queue,
             "shard starts"
         );
-        self.capabilities.push(capabilities);
         let metrics = Arc::new(ShardMetrics::default());
+        metrics.set_path(capabilities);
         self.metrics.push(metrics.clone());
         let mut seed = [0; 32];
         aws_lc_rs::rand::fill(&mut seed).expect("the system gives randomness");
@@ -309,6 +348,7 @@ impl Starter {
             config: self.config.clone(),
             identity: self.identity.clone(),
             cids: self.siblings.cids.clone(),
+            loads: self.siblings.loads.clone(),
             shard,
             shards: self.config.shards,
             metrics: metrics.clone(),
@@ -320,7 +360,8 @@ impl Starter {
         let shared = self.shared.clone();
         let siblings = self.siblings.clone();
         let core = self.cores[shard];
-        let spin = Duration::from_micros(self.config.spin_us);
+        let spin_window = Duration::from_micros(self.config.spin_us);
+        let spinner = Spinner::new(self.config.busy_poll, spin_window);
         let thread = std::thread::Builder::new()
             .name(format!("{}{shard}", placement::THREAD_NAME_PREFIX))
             .spawn(move || {
@@ -342,7 +383,7 @@ impl Starter {
                     siblings,
                     metrics,
                 );
-                worker::run(shard, spin);
+                worker::run(shard, spinner);
             })
             .map_err(|source| StartError::System { what: "thread for a shard", source })?;
         self.threads.push(thread);
@@ -365,7 +406,6 @@ pub struct Engine {
     shared: Arc<EngineShared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     metrics: Vec<Arc<ShardMetrics>>,
-    capabilities: Arc<[Capabilities]>,
     pool_width: usize,
     local: SocketAddrV6,
     reasons: Vec<String>,
@@ -374,6 +414,7 @@ pub struct Engine {
     rates: Mutex<RateWindow>,
     cids: Cids,
     exporter: Option<MetricsServer>,
+    rotation: Option<Arc<RotatingIdentity>>,
 }
 
 impl Engine {
@@ -395,13 +436,14 @@ impl Engine {
         self.shared.is_running()
     }
 
-    /// What carries each shard.
+    /// What carries each shard now, and why, where that is not what it was started with: an AF_XDP
+    /// device that fails is replaced by the kernel's socket until it is there again (`failover`).
     #[must_use]
-    pub fn datapaths(&self) -> &[Capabilities] {
-        &self.capabilities
+    pub fn datapaths(&self) -> Vec<Capabilities> {
+        self.metrics.iter().map(|metrics| metrics.path()).collect()
     }
 
-    /// Why this datapath was chosen, and why better ones were not.
+    /// Why this datapath was chosen at the start, and why better ones were not.
     #[must_use]
     pub fn datapath_reasons(&self) -> &[String] {
         &self.reasons
@@ -433,19 +475,15 @@ impl Engine {
         server_name: &str,
         config: Option<quinn_proto::ClientConfig>,
     ) -> Connecting {
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Connect {
-            remote,
-            server_name: server_name.to_owned(),
-            config,
-            reply: ConnectReply(reply),
-        };
+        let (reply, connecting) = Connecting::new();
+        let command =
+            Command::Connect { remote, server_name: server_name.to_owned(), config, reply };
         let mailbox = &self.shared.mailboxes[shard % self.shared.mailboxes.len()];
         if let Err(Command::Connect { reply, .. }) = mailbox.push(command) {
             let stopped = !self.shared.is_running();
             reply.fail(if stopped { ConnectError::EngineStopped } else { ConnectError::Busy });
         }
-        Connecting { answer }
+        connecting
     }
 
     /// Lends a connection to a peer from the pool; makes one, which concurrent callers share, where
@@ -524,7 +562,7 @@ impl Engine {
         loop {
             let listener = self.shared.offered.listen();
             if let Some(offer) = self.shared.offers.pop() {
-                return Some(Incoming { offer: Some(offer), shared: self.shared.clone() });
+                return Some(Incoming::new(offer, self.shared.clone()));
             }
             if !self.shared.is_running() {
                 return None;
@@ -568,14 +606,17 @@ impl Engine {
     #[must_use]
     pub fn transport_stats(&self) -> TransportStats {
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        rates.read(std::time::Instant::now(), self.metrics.iter().map(Arc::as_ref))
+        let mut stats = rates.read(std::time::Instant::now(), self.metrics.iter().map(Arc::as_ref));
+        stats.rotation = self.rotation.as_deref().map(RotatingIdentity::status);
+        stats
     }
 
     /// The statistics as Prometheus text, as `metrics_address` serves them.
     #[must_use]
     pub fn prometheus(&self) -> String {
-        let shards = self.metrics.iter().map(Arc::as_ref).zip(self.capabilities.iter());
-        prometheus::render(shards, &SteeringHandle::published(self.steering.as_ref()))
+        let shards = self.metrics.iter().map(Arc::as_ref);
+        let steered = SteeringHandle::published(self.steering.as_ref());
+        prometheus::render(shards, &steered, self.rotation.as_deref())
     }
 
     /// Where metrics are served, when `metrics_address` asked for it.
@@ -586,11 +627,12 @@ impl Engine {
 
     fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
         let Some(address) = address else { return Ok(self) };
-        let (metrics, capabilities) = (self.metrics.clone(), self.capabilities.clone());
-        let steering = self.steering.clone();
+        let metrics = self.metrics.clone();
+        let (steering, rotation) = (self.steering.clone(), self.rotation.clone());
         let render = move || {
-            let shards = metrics.iter().map(Arc::as_ref).zip(capabilities.iter());
-            prometheus::render(shards, &SteeringHandle::published(steering.as_ref()))
+            let shards = metrics.iter().map(Arc::as_ref);
+            let steered = SteeringHandle::published(steering.as_ref());
+            prometheus::render(shards, &steered, rotation.as_deref())
         };
         let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {
             StartError::System { what: "listener for metrics (`metrics_address`)", source }
@@ -718,74 +760,4 @@ pub struct ShutdownReport {
     /// Streams of those connections whose sending half was not finished and acknowledged: the
     /// peer may lack a part of their data.
     pub streams_cut_off: u64,
-}
-
-/// A connection attempt; resolves when the handshake is complete. Dropped, it is abandoned.
-#[must_use = "a dropped attempt is abandoned"]
-pub struct Connecting {
-    answer: oneshot::Receiver<Result<Connection, ConnectionError>>,
-}
-
-impl Future for Connecting {
-    type Output = Result<Connection, ConnectionError>;
-
-    fn poll(mut self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        std::pin::Pin::new(&mut self.answer)
-            .poll(cx)
-            .map(|answer| answer.unwrap_or(Err(ConnectionError::EngineStopped)))
-    }
-}
-
-/// A client that knocks. Dropped without a decision, it is refused.
-pub struct Incoming {
-    offer: Option<Offer>,
-    shared: Arc<EngineShared>,
-}
-
-impl Incoming {
-    /// The client's address, validated or not.
-    #[must_use]
-    pub fn remote_address(&self) -> SocketAddrV6 {
-        self.offer.as_ref().expect("taken only by a decision").remote
-    }
-
-    /// Whether the client has proved that it receives packets at its address.
-    #[must_use]
-    pub fn remote_address_validated(&self) -> bool {
-        self.offer.as_ref().expect("taken only by a decision").validated
-    }
-
-    /// Goes on with the handshake.
-    pub fn accept(mut self) -> Connecting {
-        let (reply, answer) = oneshot::channel();
-        self.decide(Decision::Accept(reply));
-        Connecting { answer }
-    }
-
-    /// Refuses the client with CONNECTION_REFUSED.
-    pub fn refuse(mut self) {
-        self.decide(Decision::Refuse);
-    }
-
-    /// Asks the client to prove its address (RFC 9000 §8.1.2). One that has already is refused.
-    pub fn retry(mut self) {
-        self.decide(Decision::Retry);
-    }
-
-    /// Forgets the client without an answer.
-    pub fn ignore(mut self) {
-        self.decide(Decision::Ignore);
-    }
-
-    fn decide(&mut self, decision: Decision) {
-        if let Some(Offer { shard, key, .. }) = self.offer.take() {
-            self.shared.mailboxes[shard].notify(HandleCommand::Incoming { key, decision });
-        }
-    }
-}
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        self.decide(Decision::Refuse);
-    }
 }

@@ -161,6 +161,27 @@ pub enum ReadError {
     ConnectionLost(#[from] ConnectionError),
 }
 
+/// Why [`RecvStream::received_reset`](crate::stream::RecvStream::received_reset) could not tell.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResetError {
+    /// The server refused the early data that this stream carried; send it again.
+    #[error("the server refused early data")]
+    ZeroRttRejected,
+    /// The connection is gone.
+    #[error("connection lost: {0}")]
+    ConnectionLost(#[from] ConnectionError),
+}
+
+impl From<ResetError> for ReadError {
+    fn from(error: ResetError) -> Self {
+        match error {
+            ResetError::ZeroRttRejected => Self::ZeroRttRejected,
+            ResetError::ConnectionLost(reason) => Self::ConnectionLost(reason),
+        }
+    }
+}
+
 /// Why [`RecvStream::read_to_end`](crate::stream::RecvStream::read_to_end) failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -73,6 +73,11 @@
 //!   [`Engine`](engine::Engine) shuts down without grace.
 //! * **Cancelling** a future loses nothing unless its documentation says so (`write_all`,
 //!   `read_to_end`). A cancelled `open_bi` gives its stream back, reset.
+//! * **0-RTT**: with `zero_rtt` and early data allowed in both TLS configurations,
+//!   [`Connecting::into_0rtt`](engine::Connecting::into_0rtt) gives the connection before its
+//!   handshake is over. [`ZeroRttAccepted`](engine::ZeroRttAccepted) tells whether the server took
+//!   what was sent so far; streams of refused data fail, nothing is sent again by itself. A server's
+//!   [`RecvStream::is_0rtt`](stream::RecvStream::is_0rtt) says what an attacker may have repeated.
 //! * **Back-pressure** is real: a writer waits once `stream_send_queue_bytes` are under way, and
 //!   unread data is never more than `receive_buffer_size` a connection, however many streams it
 //!   waits in. A stalled reader does not keep other streams' waiting readers from theirs.
@@ -85,7 +90,8 @@
 //! [`TransportConfig::datapath`](config::TransportConfig::datapath) is `auto` unless set: AF_XDP
 //! where a physical device and its driver make it the fastest, else io_uring, else plain sockets,
 //! both with segmentation offload. [`Engine::datapaths`](engine::Engine::datapaths) says what
-//! carries each shard and [`Engine::datapath_reasons`](engine::Engine::datapath_reasons) why;
+//! carries each shard now (AF_XDP whose device is gone stands on the kernel's socket until it is
+//! back) and [`Engine::datapath_reasons`](engine::Engine::datapath_reasons) why it was chosen;
 //! [`doctor`] says what the machine could do and what is missing.
 //!
 //! ```
@@ -146,15 +152,17 @@
 //! connection that it was about is closed with
 //! [`AppPanicked`](error::ConnectionError::AppPanicked), the panic is logged and counted
 //! (`app_panics`), and the shard goes on. The examples `echo` and `on_shard_service` show more.
+//! `docs/embedding.md` of the repository has both versions of two servers side by side, with what
+//! they cost: a 64-byte request takes 5.7 µs against code on the shard, 9.5 µs against handles.
 //!
 //! # Tuning
 //!
 //! | when | set |
 //! |---|---|
 //! | one core does not suffice | `shards`, and `cores` to choose them |
-//! | latency matters more than an idle core | `spin_us` up; 0 for tests and laptops |
+//! | latency matters more than an idle core | `busy_poll`: `always`; `off` for laptops |
 //! | the path is long and fat | `receive_buffer_size`, `stream_receive_buffer_size`, `send_buffer_size` to the bandwidth-delay product |
-//! | many idle connections | `max_concurrent_streams` down: memory is kept per allowed stream |
+//! | many idle connections | nothing: 30 kB each; stream tables grow with use up to `max_concurrent_streams` |
 //! | the path's MTU is known to be large | `initial_mtu_bytes` up, `mtu_upper_bound_bytes` |
 //! | losses do not mean congestion | `congestion_control`: `bbr2` (the default) or `bbr3`; else `cubic` |
 //!
@@ -172,6 +180,7 @@
 #![deny(unsafe_code)]
 
 pub mod app;
+pub mod ca;
 pub mod certs;
 pub mod clock;
 pub mod config;

@@ -9,10 +9,11 @@ mod server;
 mod stats;
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use crossbeam::utils::CachePadded;
 
-use crate::datapath::DatapathCounters;
+use crate::datapath::{Capabilities, DatapathCounters};
 
 pub(crate) use histogram::Histogram;
 pub use histogram::LatencySummary;
@@ -94,6 +95,8 @@ counters! {
     incoming_failed,
     /// Retry packets sent.
     retries,
+    /// Of these, such that send the client to another shard.
+    retries_moved,
     /// Connections started by this side.
     connects,
     /// Handshakes that exceeded their deadline.
@@ -198,6 +201,8 @@ cells! {
     tx_drop_neighbor: "The next hop's address is unknown.",
     tx_drop_link_down: "The interface is down.",
     tx_drop_io: "The kernel refused it.",
+    failovers: "Times that the kernel's socket took over from a failed device.",
+    returns: "Times that the device was taken into use again.",
     system_calls: "System calls made to receive, to kick and to send.",
     copied_bytes: "Bytes copied between packet memory and the engine's buffers.",
 }
@@ -205,6 +210,8 @@ cells! {
 /// What a shard publishes; shared with readers.
 #[derive(Debug, Default)]
 pub(crate) struct ShardMetrics {
+    /// What carries the shard; written when that changes, never per turn.
+    path: Mutex<Option<Capabilities>>,
     shard: CachePadded<ShardCells>,
     datapath: CachePadded<DatapathCells>,
     /// Of the code on the shard and of the handles.
@@ -222,6 +229,19 @@ pub(crate) struct ShardMetrics {
 }
 
 impl ShardMetrics {
+    pub(crate) fn set_path(&self, path: Capabilities) {
+        *self.path.lock().unwrap_or_else(PoisonError::into_inner) = Some(path);
+    }
+
+    /// What carries the shard now.
+    ///
+    /// # Panics
+    /// Before the shard's datapath was opened.
+    pub(crate) fn path(&self) -> Capabilities {
+        let path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
+        path.clone().expect("set before the shard's thread starts")
+    }
+
     pub(crate) fn publish(&self, shard: &ShardCounters, datapath: &DatapathCounters) {
         self.shard.store(shard);
         self.datapath.store(datapath);

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes};
 use quinn_proto::{StreamId, VarInt};
 
-use crate::error::{ConnectionError, ReadError, ReadToEndError, WriteError};
+use crate::error::{ConnectionError, ReadError, ReadToEndError, ResetError, WriteError};
 use crate::handles::{ConnRef, RecvEnd, StreamShared};
 
 /// The sending half of a stream.
@@ -259,6 +259,15 @@ impl RecvStream {
         self.id
     }
 
+    /// Whether the stream was opened before the handshake was complete: what it carries may have
+    /// been recorded and sent again by an attacker (RFC 9001 §9.2). Act on it only where twice does no
+    /// harm, or wait for [`ZeroRttAccepted`](crate::engine::ZeroRttAccepted) first: an attacker
+    /// cannot complete a handshake. Streams that came along with the handshake's last packet count.
+    #[must_use]
+    pub fn is_0rtt(&self) -> bool {
+        self.shared.early
+    }
+
     /// The next bytes in order, without copying, at most `bytes_max`; `None` at the end. Cancel-safe.
     ///
     /// # Errors
@@ -314,7 +323,51 @@ impl RecvStream {
         Ok(data)
     }
 
-    /// Tells the peer to stop sending; nothing more can be read.
+    /// Waits until the peer resets the stream, without reading: `Some` code then; `None` when the
+    /// stream has ended otherwise, and a reset can no longer come: all of it was received, or
+    /// [`stop`](Self::stop) was called. Cancel-safe.
+    ///
+    /// Who reads instead learns of a reset from [`read`](Self::read).
+    ///
+    /// # Errors
+    /// The connection was lost before, or the server refused the early data of this stream.
+    pub async fn received_reset(&mut self) -> Result<Option<VarInt>, ResetError> {
+        poll_fn(|cx| {
+            for registered in [false, true] {
+                if let Some(outcome) = self.reset_outcome(registered) {
+                    return Poll::Ready(outcome);
+                }
+                if !registered {
+                    self.shared.recv_waker.register(cx.waker());
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// `None`: not known yet. See `poll_chunk` for the order, and for `registered`.
+    fn reset_outcome(&self, registered: bool) -> Option<Result<Option<VarInt>, ResetError>> {
+        if self.shared.stop_request().is_some() {
+            return Some(Ok(None));
+        }
+        let closed = self.conn.shared.closed();
+        match self.shared.recv_end() {
+            Some(RecvEnd::Reset(code)) => Some(Ok(Some(code))),
+            Some(RecvEnd::Finished | RecvEnd::Unknown) => Some(Ok(None)),
+            Some(RecvEnd::Rejected) => Some(Err(ResetError::ZeroRttRejected)),
+            Some(RecvEnd::Lost) => {
+                let reason = closed.unwrap_or(ConnectionError::EngineStopped);
+                Some(Err(ResetError::ConnectionLost(reason)))
+            }
+            None => {
+                closed.filter(|_| registered).map(|reason| Err(ResetError::ConnectionLost(reason)))
+            }
+        }
+    }
+
+    /// Tells the peer to stop sending; whatever waits is dropped, reading fails with
+    /// [`ReadError::ClosedStream`] from now on.
     ///
     /// # Errors
     /// The stream ended before.
@@ -356,7 +409,9 @@ impl RecvStream {
                 return Poll::Ready(Ok(Some(self.rest.split_to(len))));
             }
             if self.ended {
-                return Poll::Ready(Ok(None));
+                let stopped = self.shared.stop_request().is_some();
+                let answer = if stopped { Err(ReadError::ClosedStream) } else { Ok(None) };
+                return Poll::Ready(answer);
             }
             match end {
                 Some(RecvEnd::Finished) => {

@@ -682,7 +682,8 @@ fn a_shard_that_panics_leaves_no_handle_waiting() {
             assert_eq!(wait.join().unwrap(), Some(ConnectionError::EngineStopped));
         }
     });
-    assert!(!pair.client.is_running());
+    // Its handles are told one after another, the engine last.
+    wait_for("the engine has ended", || !pair.client.is_running());
     assert!(block_on(pair.client.connect(pair.server.local_addr(), NAME)).is_err());
     assert!(block_on(pair.client.accept()).is_none());
 }

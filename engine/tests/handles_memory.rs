@@ -19,10 +19,8 @@ use stoq::connection::Connection;
 
 /// Handshakes under way at once: the shard is not the thing that is measured.
 const HANDSHAKES_AT_ONCE: usize = 50;
-/// Both ends of an idle connection, streams apart: quinn-proto, TLS, handles.
-const IDLE_PAIR_BYTES: usize = 96 << 10;
-/// What quinn-proto keeps per stream that the peer may open, at the end that allows it.
-const ALLOWED_STREAM_BYTES: usize = 96;
+/// One end's handles, besides what the configuration computes.
+const HANDLES_BYTES: usize = 4 << 10;
 /// The allocator's own share.
 const ALLOCATOR_PERCENT: usize = 125;
 
@@ -63,7 +61,6 @@ fn memory_is_bounded_by_the_configuration() {
     let scale = if full { 10 } else { 1 };
     let _watchdog = Watchdog::with_limit("memory", Duration::from_secs(300 * scale as u64));
     let config = TransportConfig {
-        max_concurrent_streams: 100,
         receive_buffer_size: 1 << 20,
         stream_receive_buffer_size: 1 << 20,
         send_buffer_size: 64 << 10,
@@ -76,8 +73,7 @@ fn memory_is_bounded_by_the_configuration() {
     // Whatever is allocated once is allocated now.
     drop(connections(&pair, HANDSHAKES_AT_ONCE));
     pair.wait_idle();
-    let streams = 2 * 2 * config.max_concurrent_streams as usize;
-    let idle_bytes = IDLE_PAIR_BYTES + streams * ALLOWED_STREAM_BYTES;
+    let idle_bytes = 2 * (config.idle_connection_bytes_max() as usize + HANDLES_BYTES);
 
     let before = resident_bytes();
     let count = 1000 * scale;

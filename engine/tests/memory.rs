@@ -145,6 +145,7 @@ fn idle_connections_stay_within_the_bound() {
     let Some(()) = measured("idle_connections_stay_within_the_bound") else { return };
     let (config, idle) = (config(), 1000 * scale());
     // Both ends are here; nothing is buffered.
+    assert!(config.idle_connection_bytes_max() <= 40_000, "an idle connection is small");
     let bound = 2 * config.idle_connection_bytes_max() * idle as u64;
     assert_within("idle connections", idle, measure(idle, &config, None, 10), bound);
 }

@@ -364,6 +364,34 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
     assert!(turns >= CLIENTS / CLOSES_PER_TURN_MAX as u64, "closed in {turns} turns");
 }
 
+#[test]
+fn beyond_the_limit_of_connections_clients_are_refused_and_counted() {
+    const LIMIT: usize = 5;
+    let clock = SimClock::new();
+    let network = SimNetwork::new(clock.clone(), 10);
+    let link = LinkConfig { delay_us: 500, ..LinkConfig::default() };
+    let (near, far) = (Prefix::new(sim::CLIENT_HOST, 32), Prefix::new(sim::SERVER_HOST, 32));
+    network.add_link(near, far, link.clone(), link).expect("a valid link");
+    let (server_tls, client_tls) = sim::tls();
+    let config = TransportConfig { connections_per_shard_max: LIMIT, ..TransportConfig::default() };
+    let server = SimHostConfig { config, server: Some(server_tls as _), client: None, seed: 1 };
+    let (server_app, log) = sim::TestApp::new(Plan::default());
+    let mut server =
+        SimHost::new(&clock, network.open(sim::SERVER), server, server_app).expect("server");
+    let config = TransportConfig::default();
+    let client = SimHostConfig { config, server: None, client: Some(client_tls as _), seed: 2 };
+    let mut client =
+        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd).expect("client");
+    client.send_to_app(Box::new(LIMIT as u64 + 3));
+    let until = Duration::from_secs(5);
+    run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || true);
+    assert_eq!(log.lock().expect("log").connected, LIMIT as u64);
+    let counters = server.counters();
+    assert_eq!((counters.accepted, counters.connections), (LIMIT as u64, LIMIT as u64));
+    assert!(counters.incoming_refused >= 3, "{} refused", counters.incoming_refused);
+    assert_eq!(client.counters().connections, LIMIT as u64, "the refused ones were told");
+}
+
 /// Connects as often as it is told to, at once.
 struct Crowd;
 

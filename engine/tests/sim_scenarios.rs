@@ -9,8 +9,9 @@ fn scenarios() -> Vec<(String, Scenario)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../benches/scenarios");
     let entries = std::fs::read_dir(&folder).expect("benches/scenarios");
     let mut all: Vec<_> = entries
-        .map(|entry| {
-            let path = entry.expect("a directory entry").path();
+        .map(|entry| entry.expect("a directory entry").path())
+        .filter(|path| path.is_file())
+        .map(|path| {
             let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
             let text = std::fs::read_to_string(&path).expect("readable");
             let scenario = Scenario::parse(&text).unwrap_or_else(|error| panic!("{name}: {error}"));

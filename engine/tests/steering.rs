@@ -79,10 +79,11 @@ fn ids_are_rotated_under_a_live_connection() {
     let with_rotation = |rotation, key: u8| CidConfig {
         rotation,
         key: Some(CidKey::new(&[key; 16])),
-        lifetime_s: 1,
+        lifetime_s: 4,
         ..CidConfig::default()
     };
-    let server = TransportConfig { cid: with_rotation(0, 1), ..sharded() };
+    let cid = with_rotation(0, 1);
+    let server = TransportConfig { cid, idle_timeout_ms: 1_900, ..sharded() };
     let pair = Pair::with(server, config());
     block_on(async {
         let (client, server, relay) = connect_through(&pair).await;
@@ -189,5 +190,28 @@ fn a_retry_token_is_good_once() {
         assert!(replayed >= 2, "an Initial without and one with a token");
         let (knocked, retried) = (after.incoming - before.incoming, after.retries - before.retries);
         assert_eq!(knocked, retried, "a replayed token was believed: {after:?}");
+    });
+}
+
+#[test]
+fn retries_send_clients_to_shards_with_room() {
+    let _watchdog = Watchdog::new("retries_send_clients_to_shards_with_room");
+    let server = TransportConfig { retry: RetryPolicy::Always, new_tokens: 0, ..sharded() };
+    let pair = Pair::with(server, TransportConfig { shards: 2, ..config() });
+    block_on(async {
+        let mut connections = Vec::new();
+        for _ in 0..80 {
+            connections.push(pair.connect().await);
+        }
+        let accepted: Vec<u64> =
+            pair.server.stats().iter().map(|stats| stats.shard.accepted).collect();
+        let (least, most) = (accepted.iter().min(), accepted.iter().max());
+        let range = most.expect("four shards") - least.expect("four shards");
+        // By the hash alone the range is 8 in the middle, and 12 is nothing special.
+        assert!(range <= 5, "{accepted:?}");
+        assert!(counters(&pair.server).retries_moved > 20);
+        for (client, server) in &connections {
+            exchange(client, server, 1000).await;
+        }
     });
 }

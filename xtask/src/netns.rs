@@ -216,10 +216,12 @@ fn owner(name: &str) -> Option<u32> {
     middle.strip_suffix("-a").or_else(|| middle.strip_suffix("-b"))?.parse().ok()
 }
 
-/// Whether the process lives and is one of these commands (IDs are used again).
+/// Whether the process lives and is one of these commands or `stoq compare`, which makes its pairs
+/// with this file, too (IDs are used again).
 pub(crate) fn is_xtask(pid: u32) -> bool {
     std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| {
-        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("xtask"))
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.starts_with("xtask") || name.starts_with("stoq")
     })
 }
 

@@ -80,18 +80,25 @@ enum Probe {
     Program(&'static str),
     /// A library that pkg-config knows.
     Library(&'static str),
+    /// A library that the dynamic linker knows.
+    SharedLibrary(&'static str),
 }
 
 impl Probe {
     fn name(self) -> &'static str {
         match self {
-            Self::Program(name) | Self::Library(name) => name,
+            Self::Program(name) | Self::Library(name) | Self::SharedLibrary(name) => name,
         }
     }
 
     fn is_present(self) -> bool {
         match self {
             Self::Program(name) => proc::find_program(name).is_some(),
+            // ldconfig lives where only root's PATH may lead.
+            Self::SharedLibrary(name) => ["ldconfig", "/sbin/ldconfig"].iter().any(|program| {
+                proc::output(Command::new(program).arg("-p"))
+                    .is_ok_and(|listed| listed.contains(name))
+            }),
             Self::Library(name) => ["pkg-config", "pkgconf"].iter().any(|program| {
                 proc::find_program(program).is_some_and(|path| {
                     proc::output(Command::new(path).args(["--exists", name])).is_ok()
@@ -164,6 +171,28 @@ const VALGRIND: Need = need(
     "counts instructions in the performance gate",
     ["valgrind", "valgrind", "valgrind", "valgrind", "valgrind"],
 );
+const PEBBLE: Need = need(
+    Probe::Program("pebble"),
+    "is the CA of the ACME tests",
+    ["pebble", "pebble", "pebble", "pebble", "pebble"],
+);
+const OPENSSL: Need = need(
+    Probe::Program("openssl"),
+    "verifies our certificates in the tests",
+    ["openssl", "openssl", "openssl", "openssl", "openssl"],
+);
+
+const IPSEC_MB: Need = need(
+    Probe::SharedLibrary("libIPSec_MB.so.1"),
+    "seals packets in half the time (optional; aws-lc-rs is built in)",
+    ["libipsec-mb1", "intel-ipsec-mb", "intel-ipsec-mb", "libIPSec_MB1", ""],
+);
+
+/// What makes the engine faster where the distribution has it; nothing depends on it.
+pub(crate) fn optional_needs() -> Vec<Need> {
+    // It is written for one processor family.
+    if cfg!(target_arch = "x86_64") { vec![IPSEC_MB] } else { Vec::new() }
+}
 
 /// What `cargo xtask demo` and `veth` need; building needs the compiler only.
 pub(crate) fn demo_needs() -> Vec<Need> {
@@ -179,7 +208,7 @@ pub(crate) fn test_needs(workspace: &Workspace) -> Vec<Need> {
     if workspace.package("stoq-interop").is_some() {
         needs.extend([CMAKE, CXX]);
     }
-    needs.push(VALGRIND);
+    needs.extend([VALGRIND, OPENSSL, PEBBLE]);
     needs
 }
 
@@ -242,6 +271,31 @@ pub(crate) fn install_missing(
     Ok(())
 }
 
+/// Installs what is missing of `needs` where that is possible without a question left open; says
+/// so, and goes on, where it is not.
+pub(crate) fn install_optional(
+    terminal: &mut Terminal,
+    machine: &Machine,
+    needs: &[Need],
+    yes: bool,
+) -> Result<()> {
+    for need in missing(needs) {
+        let name = need.probe.name();
+        let available = Installer::detect()
+            .is_some_and(|installer| !package_names(&[need], installer)[0].is_empty());
+        let result = if available {
+            install_missing(terminal, machine, &[need], yes)
+        } else {
+            Err(anyhow::anyhow!("no package of it is known for this system"))
+        };
+        crate::interrupt::check()?;
+        if let Err(error) = result {
+            terminal.warn(&format!("goes on without {name}, which {}: {error:#}", need.reason));
+        }
+    }
+    Ok(())
+}
+
 fn package_names(needs: &[Need], installer: Installer) -> Vec<&'static str> {
     let index = Installer::ALL
         .iter()
@@ -300,9 +354,22 @@ mod tests {
         assert!(Probe::Program("sh").is_present());
         assert!(!Probe::Program("no-such-program-anywhere").is_present());
         assert!(!Probe::Library("no-such-library-anywhere").is_present());
+        assert!(Probe::SharedLibrary("libc.so").is_present());
+        assert!(!Probe::SharedLibrary("libno-such-library.so").is_present());
         let absent = need(Probe::Program("no-such-program-anywhere"), "r", ["x"; 5]);
         let present = need(Probe::Program("sh"), "r", ["x"; 5]);
         assert_eq!(missing(&[present, absent]).len(), 1);
+    }
+
+    #[test]
+    fn what_is_optional_never_fails() {
+        let mut machine = Machine::inspect().unwrap();
+        machine.is_root = false;
+        let probe = Probe::SharedLibrary("libno-such-library.so");
+        for packages in [["pkg"; 5], [""; 5]] {
+            let absent = need(probe, "r", packages);
+            install_optional(&mut Terminal::new(true), &machine, &[absent], true).unwrap();
+        }
     }
 
     #[test]

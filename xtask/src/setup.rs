@@ -27,6 +27,7 @@ pub(crate) fn run(args: &SetupArgs) -> Result<()> {
         terminal.line(&format!("  {line}"));
     }
     packages::install_missing(&mut terminal, &machine, &needs, args.yes)?;
+    packages::install_optional(&mut terminal, &machine, &packages::optional_needs(), args.yes)?;
     for line in report(&machine) {
         terminal.line(&line);
     }

@@ -7,4 +7,5 @@ pub mod link;
 pub mod outcome;
 pub mod pace;
 pub mod peer;
+pub mod window;
 pub mod wire;

@@ -145,7 +145,7 @@ impl Work for Handshakes {
 
 /// Runs the workload and reports.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let tls = tls::client(&args.run.trust, "perf")?;
+    let tls = tls::client(&args.run.trust, "perf", args.run.transport.packet_crypto()?)?;
     let mut config = (*tls.rustls()).clone();
     let sessions = Arc::new(CountingSessions {
         cache: ClientSessionMemoryCache::new(SERVERS_MAX),

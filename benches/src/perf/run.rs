@@ -266,7 +266,7 @@ pub struct Plan {
 
 /// The TLS of a workload without wishes of its own.
 pub fn plain_crypto(args: &RunArgs) -> anyhow::Result<Arc<dyn quinn_proto::crypto::ClientConfig>> {
-    Ok(tls::client(&args.trust, "perf")?.crypto())
+    Ok(tls::client(&args.trust, "perf", args.transport.packet_crypto()?)?.crypto())
 }
 
 /// Runs a workload and reports; `more` adds what only this workload tells.

@@ -113,6 +113,7 @@ impl CertsError {
             Self::DirectoryLocked { .. } => CertificateFault::DirectoryLocked,
             Self::Parse { fault, .. } | Self::Certificate { fault, .. } => *fault,
             Self::Tls(error) => CertificateFault::of_tls(error),
+            Self::Authority(error) => error.fault(),
             _ => CertificateFault::Other,
         }
     }
@@ -140,6 +141,22 @@ pub enum CaError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The CA's server is not the one that the roots vouch for, or it refused our certificate.
+    #[error(
+        "no trusted connection to the certificate authority: {reason}; {}", fault.advice()
+    )]
+    Untrusted {
+        /// Which check failed.
+        fault: CertificateFault,
+        /// The specifics.
+        reason: String,
+    },
+    /// The enrolment token certified somebody already.
+    #[error("the certificate authority refused: {}", CertificateFault::TokenSpent.advice())]
+    TokenSpent,
+    /// The enrolment token is unknown or expired.
+    #[error("the certificate authority refused: {}", CertificateFault::TokenInvalid.advice())]
+    TokenInvalid,
     /// The CA could not store what it issued, so it did not issue.
     #[error("the certificate authority could not save its state: {0}; nothing was issued")]
     Storage(Box<CertsError>),
@@ -152,6 +169,18 @@ pub enum CaError {
 }
 
 impl CaError {
+    /// The kind to count this error under.
+    #[must_use]
+    pub fn fault(&self) -> CertificateFault {
+        match self {
+            Self::Untrusted { fault, .. } => *fault,
+            Self::TokenSpent => CertificateFault::TokenSpent,
+            Self::TokenInvalid => CertificateFault::TokenInvalid,
+            Self::Storage(error) => error.fault(),
+            _ => CertificateFault::Other,
+        }
+    }
+
     pub(super) fn refused(reason: impl Into<String>) -> Self {
         Self::Refused { reason: reason.into() }
     }
@@ -160,7 +189,7 @@ impl CaError {
         Self::InvalidRequest { reason: reason.to_string() }
     }
 
-    pub(super) fn internal(reason: impl ToString) -> Self {
+    pub(crate) fn internal(reason: impl ToString) -> Self {
         Self::Internal { reason: reason.to_string() }
     }
 }

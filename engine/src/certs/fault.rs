@@ -45,13 +45,17 @@ pub enum CertificateFault {
     NoCommonKeyExchange,
     /// No application protocol (ALPN) in common.
     NoCommonProtocol,
+    /// An enrolment token was used a second time.
+    TokenSpent,
+    /// An enrolment token is unknown or has expired.
+    TokenInvalid,
     /// Anything else that made a handshake fail.
     Other,
 }
 
 impl CertificateFault {
     /// Every fault, in the order of the counters.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::Expired,
         Self::NotYetValid,
         Self::WrongName,
@@ -69,6 +73,8 @@ impl CertificateFault {
         Self::NoCertificate,
         Self::NoCommonKeyExchange,
         Self::NoCommonProtocol,
+        Self::TokenSpent,
+        Self::TokenInvalid,
         Self::Other,
     ];
 
@@ -93,6 +99,8 @@ impl CertificateFault {
             Self::NoCertificate => "no_certificate",
             Self::NoCommonKeyExchange => "no_common_key_exchange",
             Self::NoCommonProtocol => "no_common_protocol",
+            Self::TokenSpent => "token_spent",
+            Self::TokenInvalid => "token_invalid",
             Self::Other => "other",
         }
     }
@@ -151,6 +159,13 @@ impl CertificateFault {
             }
             Self::NoCommonProtocol => {
                 "no application protocol in common: configure the same ALPN on both sides"
+            }
+            Self::TokenSpent => {
+                "the enrolment token certified somebody already: unless that was this node, revoke \
+                 what it certified; make another token"
+            }
+            Self::TokenInvalid => {
+                "the enrolment token is unknown or has expired: make another (`stoq ca token`)"
             }
             Self::Other => "the handshake failed: see the reason",
         }

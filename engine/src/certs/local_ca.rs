@@ -25,6 +25,7 @@ use super::ca_state::CaState;
 use super::constraints::NamePolicy;
 use super::error::{CaError, CertsError};
 use super::fault::CertificateFault;
+use super::maintenance::Periodic;
 use super::names::{CertificateSummary, IdentityNames};
 use super::pem;
 use super::storage::{Access, Directory, Memory, Storage};
@@ -36,6 +37,8 @@ const ROOT_FILE: &str = "root.pem";
 const CRL_FILE: &str = "crl.pem";
 /// Random bytes in a serial number, of the 20 that RFC 5280 allows.
 const SERIAL_SIZE_BYTES: usize = 16;
+/// Wait after a revocation list that could not be saved.
+const CRL_RETRY: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Lifetimes and name policy of a [`LocalCa`].
@@ -43,7 +46,8 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 pub struct LocalCaConfig {
     /// Life of a leaf. Default 24 hours.
     pub leaf_lifetime: Duration,
-    /// How far before the present validity starts, for peers with slow clocks. Default 5 minutes.
+    /// How far before the present validity starts, for peers with slow clocks; at most a tenth of the
+    /// certificate's life, so that a short one is not born old. Default 5 minutes.
     pub backdate: Duration,
     /// Life of the intermediate. Default 365 days.
     pub intermediate_lifetime: Duration,
@@ -102,6 +106,8 @@ pub struct LocalCa {
     clock: Arc<dyn WallClock>,
     storage: Box<dyn Storage>,
     inner: Mutex<Inner>,
+    /// When the revocation list is signed again.
+    crl_due: Mutex<Option<SystemTime>>,
 }
 
 struct Inner {
@@ -178,7 +184,14 @@ impl LocalCa {
         if storage.read(ROOT_FILE, Access::Everyone)?.as_deref() != Some(root_pem.as_bytes()) {
             storage.replace(ROOT_FILE, root_pem.as_bytes(), Access::Everyone)?;
         }
-        Ok(Self { config, policy, clock, storage, inner: Mutex::new(Inner { material, state }) })
+        Ok(Self {
+            config,
+            policy,
+            clock,
+            storage,
+            inner: Mutex::new(Inner { material, state }),
+            crl_due: Mutex::new(None),
+        })
     }
 
     /// The root certificate: what peers must trust.
@@ -323,6 +336,27 @@ impl CertificateAuthority for LocalCa {
     }
 }
 
+/// Signs the revocation list again in good time before its end, for as long as it is polled.
+impl Periodic for LocalCa {
+    fn poll(&self, now: SystemTime) -> SystemTime {
+        let mut due = self.crl_due.lock().expect("no panic while locked");
+        // A date that jumped back must not stretch the wait.
+        let longest = now + self.config.crl_lifetime / 3;
+        if let Some(due) = due.filter(|due| now < *due && *due <= longest) {
+            return due;
+        }
+        let next = match self.revocation_list() {
+            Ok(_) => longest,
+            Err(error) => {
+                tracing::warn!(%error, "the revocation list was not renewed");
+                now + CRL_RETRY
+            }
+        };
+        *due = Some(next);
+        next
+    }
+}
+
 /// Proof of possession, an allowed key, and no wish beyond the entitlement.
 fn check_request(
     request: &CertificateRequest<'_>,
@@ -457,7 +491,7 @@ fn profile(
     fill_random(&mut serial)?;
     let mut params = CertificateParams::default();
     params.serial_number = Some(SerialNumber::from_slice(&positive(&serial)));
-    params.not_before = (now - config.backdate).into();
+    params.not_before = (now - config.backdate.min(lifetime / 10)).into();
     params.not_after = (now + lifetime).into();
     params.use_authority_key_identifier_extension = true;
     Ok(params)

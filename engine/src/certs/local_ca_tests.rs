@@ -168,3 +168,21 @@ fn positive_integers_are_minimal() {
     assert_eq!(positive(&[0, 0]), [0]);
     assert_eq!(positive(&[0xff, 0]), [0x7f, 0]);
 }
+
+#[test]
+fn a_polled_ca_keeps_its_revocation_list_current() {
+    let dir = TestDir::new();
+    let clock = clock();
+    let ca = LocalCa::open_at(dir.path(), LocalCaConfig::default(), clock.clone()).unwrap();
+    let path = dir.path().join(CRL_FILE);
+    let due = ca.poll(clock.now());
+    let first = std::fs::read(&path).unwrap();
+    assert_eq!(ca.poll(clock.now() + DAY), due, "polled early: nothing happens");
+    assert_eq!(std::fs::read(&path).unwrap(), first);
+    clock.set(due);
+    assert!(ca.poll(due) > due);
+    assert_ne!(std::fs::read(&path).unwrap(), first);
+    // The date jumps back a year: the list is made for the new date.
+    clock.set(due - 365 * DAY);
+    assert!(ca.poll(clock.now()) < due);
+}

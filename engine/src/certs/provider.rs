@@ -8,7 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
+use rustls::crypto::aws_lc_rs::{self, kx_group};
 use rustls::crypto::{
     ActiveKeyExchange, CompletedKeyExchange, CryptoProvider, SharedSecret, SupportedKxGroup,
 };
@@ -16,6 +16,7 @@ use rustls::ffdhe_groups::FfdheGroup;
 use rustls::{Error, NamedGroup, ProtocolVersion, SupportedCipherSuite};
 
 use super::fault::CertificateFault;
+use crate::proto::crypto::CryptoProvider as PacketCrypto;
 
 thread_local! {
     static GROUP: Cell<Option<NamedGroup>> = const { Cell::new(None) };
@@ -37,15 +38,6 @@ pub(super) fn take_fault() -> Option<(CertificateFault, String)> {
     FAULT.take()
 }
 
-/// Cipher suites in order of preference (RFC 8446, appendix B.4).
-pub(super) fn default_cipher_suites() -> Vec<SupportedCipherSuite> {
-    vec![
-        cipher_suite::TLS13_AES_128_GCM_SHA256,
-        cipher_suite::TLS13_AES_256_GCM_SHA384,
-        cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
-    ]
-}
-
 /// aws-lc-rs with X25519MLKEM768 first, alone if `require_post_quantum`.
 pub(super) fn crypto_provider(
     require_post_quantum: bool,
@@ -64,7 +56,7 @@ pub(super) fn crypto_provider(
 
 /// The provider for checks outside handshakes.
 pub(super) fn verification_provider() -> Arc<CryptoProvider> {
-    crypto_provider(false, default_cipher_suites())
+    crypto_provider(false, PacketCrypto::AwsLcRs.cipher_suites())
 }
 
 /// A key exchange group that notes its use.
@@ -143,7 +135,7 @@ mod tests {
 
     #[test]
     fn an_exchange_notes_its_group_once() {
-        let provider = crypto_provider(false, default_cipher_suites());
+        let provider = crypto_provider(false, PacketCrypto::AwsLcRs.cipher_suites());
         for group in &provider.kx_groups {
             assert_eq!(take_group(), None);
             let client = group.start().unwrap();
@@ -158,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_classical_half_of_a_hybrid_is_named() {
-        let provider = crypto_provider(false, default_cipher_suites());
+        let provider = crypto_provider(false, PacketCrypto::AwsLcRs.cipher_suites());
         let hybrid = provider.kx_groups[0].start().unwrap();
         let (group, share) = hybrid.hybrid_component().unwrap();
         assert_eq!(group, NamedGroup::X25519);
@@ -170,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_failed_exchange_notes_nothing() {
-        let provider = crypto_provider(true, default_cipher_suites());
+        let provider = crypto_provider(true, PacketCrypto::AwsLcRs.cipher_suites());
         assert_eq!(provider.kx_groups.len(), 1);
         assert!(provider.kx_groups[0].start_and_complete(&[0; 3]).is_err());
         assert_eq!(take_group(), None);

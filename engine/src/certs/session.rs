@@ -16,6 +16,7 @@ use quinn_proto::crypto::{
 use quinn_proto::transport_parameters::TransportParameters;
 use quinn_proto::{ConnectError, ConnectionId, Side, TransportError};
 use rustls::NamedGroup;
+use rustls::quic::Version;
 use rustls_pki_types::CertificateDer;
 
 use super::error::CertsError;
@@ -23,6 +24,9 @@ use super::fault::{CertificateFault, FaultCounters};
 use super::names::CertificateSummary;
 use super::padding::WithoutPadding;
 use super::provider;
+use super::server_session::ServerSession;
+use super::tls::initial_suite;
+use crate::proto::crypto::CryptoProvider as PacketCrypto;
 
 /// Counts the changes of a connection's packet protection keys (RFC 9001 §6). Clones count together.
 #[derive(Debug, Clone, Default)]
@@ -54,6 +58,9 @@ pub struct HandshakeInfo {
     pub server_name: Option<String>,
     /// Key exchange group; [`NamedGroup::X25519MLKEM768`] is post-quantum.
     pub group: Option<NamedGroup>,
+    /// Who seals and opens packets of the AES suites; unknown with cipher suites of the
+    /// application's own.
+    pub packet_crypto: Option<PacketCrypto>,
     pub(crate) key_updates: KeyUpdates,
 }
 
@@ -69,6 +76,7 @@ impl HandshakeInfo {
                 alpn: data.protocol,
                 server_name: data.server_name,
                 group: None,
+                packet_crypto: None,
                 key_updates: KeyUpdates::default(),
             }),
         }
@@ -123,11 +131,14 @@ pub(super) struct SessionContext {
     pub(super) faults: Arc<FaultCounters>,
     /// The groups on offer here, for the error text.
     pub(super) groups: &'static str,
+    pub(super) packet_crypto: Option<PacketCrypto>,
 }
 
 /// Server configuration whose sessions report group and faults.
 pub(super) struct ObservedServerConfig {
     pub(super) inner: Arc<QuicServerConfig>,
+    /// What `inner` is made of.
+    pub(super) config: Arc<rustls::ServerConfig>,
     pub(super) context: SessionContext,
 }
 
@@ -149,8 +160,14 @@ impl ServerConfig for ObservedServerConfig {
         version: u32,
         params: &TransportParameters,
     ) -> Box<dyn Session> {
-        let inner = Arc::clone(&self.inner).start_session(version, params);
-        Box::new(ObservedSession::new(inner, self.context.clone()))
+        // quinn-proto asks `initial_keys` first, which refuses versions that it does not know.
+        let version = match version {
+            0xff00_001d..=0xff00_0020 => Version::V1Draft,
+            _ => Version::V1,
+        };
+        let config = Arc::clone(&self.config);
+        let inner = ServerSession::new(config, initial_suite(), version, params);
+        Box::new(ObservedSession::new(Box::new(inner), self.context.clone()))
     }
 }
 
@@ -226,6 +243,7 @@ impl Session for ObservedSession {
             alpn: data.protocol,
             server_name: data.server_name,
             group: self.group,
+            packet_crypto: self.context.packet_crypto,
             key_updates: self.key_updates.clone(),
         }))
     }

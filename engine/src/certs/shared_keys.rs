@@ -92,6 +92,22 @@ impl SharedKeys {
         expand(&self.prk, "connection id")
     }
 
+    /// The secret of those machines whose certificates carry exactly these DNS names: a CA hands it to
+    /// a fleet behind one name, and no other fleet learns it.
+    ///
+    /// # Errors
+    /// Key derivation failed inside the cryptography library.
+    pub fn secret_of(
+        &self,
+        dns_names: &[String],
+    ) -> Result<[u8; SHARED_SECRET_SIZE_BYTES], CertsError> {
+        let mut names = dns_names.to_vec();
+        names.sort_unstable();
+        names.dedup();
+        // A DNS name holds no space, so no two lists give one label.
+        expand(&self.prk, &format!("fleet {}", names.join(" ")))
+    }
+
     /// For [`ServerTlsBuilder::ticket_secret`](super::ServerTlsBuilder::ticket_secret).
     ///
     /// # Errors

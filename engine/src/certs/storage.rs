@@ -175,7 +175,7 @@ fn write_and_rename(
 }
 
 /// Makes a rename or a new entry durable.
-fn sync_parent(path: &Path) -> Result<(), CertsError> {
+pub(super) fn sync_parent(path: &Path) -> Result<(), CertsError> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

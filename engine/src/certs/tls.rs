@@ -21,8 +21,8 @@ use super::error::CertsError;
 use super::fault::FaultCounters;
 use super::maintenance::{MaintenanceThread, Periodic};
 use super::names::IdentityNames;
-use super::provider::{crypto_provider, default_cipher_suites};
-use super::resumption::{ClientSessions, ServerSessions, TrustSet};
+use super::provider::crypto_provider;
+use super::resumption::{ClientSessions, ServerSessions, TrustSet, VerifiedEnds};
 use super::rotation::RotatingIdentity;
 use super::session::{
     ObservedClientConfig, ObservedServerConfig, SessionContext, client_crypto, server_crypto,
@@ -31,6 +31,8 @@ use super::tickets::TicketKeys;
 use super::trust::{TrustStore, TrustStoreBuilder};
 use super::verify::{ClientVerifier, DangerousAnyServerVerifier, ServerVerifier};
 use super::wall_clock::{SystemWallClock, TlsTime, WallClock};
+use crate::config::CryptoProviderChoice;
+use crate::proto::crypto::CryptoProvider as PacketCrypto;
 
 /// Tickets sent after a handshake; a client opens a few connections at once.
 const TICKETS_PER_HANDSHAKE: usize = 2;
@@ -78,7 +80,9 @@ impl IdentityChoice {
 struct Common {
     alpn: Vec<Vec<u8>>,
     require_post_quantum: bool,
-    cipher_suites: Vec<SupportedCipherSuite>,
+    /// In place of those of `packet_crypto`.
+    cipher_suites: Option<Vec<SupportedCipherSuite>>,
+    packet_crypto: CryptoProviderChoice,
     early_data: bool,
     key_log: bool,
     clock: Arc<dyn WallClock>,
@@ -90,7 +94,8 @@ impl Default for Common {
         Self {
             alpn: Vec::new(),
             require_post_quantum: false,
-            cipher_suites: default_cipher_suites(),
+            cipher_suites: None,
+            packet_crypto: CryptoProviderChoice::Auto,
             early_data: false,
             key_log: false,
             clock: Arc::new(SystemWallClock),
@@ -100,7 +105,8 @@ impl Default for Common {
 }
 
 impl Common {
-    fn provider(&self) -> Result<Arc<CryptoProvider>, CertsError> {
+    /// rustls's provider, and who protects packets, unless the caller's own cipher suites do.
+    fn provider(&self) -> Result<(Arc<CryptoProvider>, Option<PacketCrypto>), CertsError> {
         if self.alpn.is_empty() || self.alpn.iter().any(|name| !(1..=255).contains(&name.len())) {
             return Err(CertsError::Configuration(
                 "QUIC needs an application protocol (RFC 9001, section 8.1): give ALPN names of \
@@ -108,18 +114,30 @@ impl Common {
                     .to_owned(),
             ));
         }
-        if self.cipher_suites.iter().all(|suite| suite.tls13().is_none()) {
+        let (suites, packet_crypto) = match &self.cipher_suites {
+            Some(suites) => (suites.clone(), None),
+            None => {
+                let provider = PacketCrypto::choose(self.packet_crypto)
+                    .map_err(|error| CertsError::Configuration(error.to_string()))?;
+                (provider.cipher_suites(), Some(provider))
+            }
+        };
+        if suites.iter().all(|suite| suite.tls13().is_none()) {
             return Err(CertsError::Configuration("no TLS 1.3 cipher suite is left".to_owned()));
         }
-        Ok(crypto_provider(self.require_post_quantum, self.cipher_suites.clone()))
+        Ok((crypto_provider(self.require_post_quantum, suites), packet_crypto))
     }
 
-    fn context(&self, faults: &Arc<FaultCounters>) -> SessionContext {
+    fn context(
+        &self,
+        faults: &Arc<FaultCounters>,
+        packet_crypto: Option<PacketCrypto>,
+    ) -> SessionContext {
         let groups = match self.require_post_quantum {
             true => "X25519MLKEM768 alone, post-quantum required",
             false => "X25519MLKEM768, X25519, secp256r1",
         };
-        SessionContext { faults: Arc::clone(faults), groups }
+        SessionContext { faults: Arc::clone(faults), groups, packet_crypto }
     }
 }
 
@@ -174,11 +192,19 @@ macro_rules! common_setters {
             self
         }
 
-        /// Replaces the cipher suites, in order of preference; for suites whose sealing the
-        /// shard controls. Initial packets always use rustls's own AES-128-GCM.
+        /// Who seals and opens packets of the AES suites. Default: ipsec-mb where it can be
+        /// used, else aws-lc-rs.
+        #[must_use]
+        pub fn packet_crypto(mut self, choice: CryptoProviderChoice) -> Self {
+            self.common.packet_crypto = choice;
+            self
+        }
+
+        /// Replaces the cipher suites, in order of preference, and with them
+        /// [`Self::packet_crypto`]. Initial packets always use rustls's own AES-128-GCM.
         #[must_use]
         pub fn cipher_suites(mut self, suites: Vec<SupportedCipherSuite>) -> Self {
-            self.common.cipher_suites = suites;
+            self.common.cipher_suites = Some(suites);
             self
         }
 
@@ -250,7 +276,7 @@ impl ServerTlsBuilder {
     /// # Errors
     /// No identity, no ALPN, an unusable certificate or a configuration rustls refuses.
     pub fn build(mut self) -> Result<ServerTls, CertsError> {
-        let provider = self.common.provider()?;
+        let (provider, packet_crypto) = self.common.provider()?;
         let clock = Arc::clone(&self.common.clock);
         let faults = Arc::new(FaultCounters::default());
         let identity = self
@@ -293,7 +319,8 @@ impl ServerTlsBuilder {
         let quic = Arc::new(quic);
         let crypto = server_crypto(ObservedServerConfig {
             inner: Arc::clone(&quic),
-            context: self.common.context(&faults),
+            config: Arc::clone(&config),
+            context: self.common.context(&faults, packet_crypto),
         });
         Ok(ServerTls { config, quic, crypto, identity, faults, clock, tasks })
     }
@@ -455,10 +482,12 @@ impl ClientTlsBuilder {
     /// # Errors
     /// Nothing to trust, no ALPN, an unusable identity or a configuration rustls refuses.
     pub fn build(mut self) -> Result<ClientTls, CertsError> {
-        let provider = self.common.provider()?;
+        let (provider, packet_crypto) = self.common.provider()?;
         let clock = Arc::clone(&self.common.clock);
         let faults = Arc::new(FaultCounters::default());
-        let (verifier, trust) = self.verifier(&provider, &faults)?;
+        let ends = Arc::new(VerifiedEnds::default());
+        let (verifier, trust) = self.verifier(&provider, &faults, &ends)?;
+        let ends = (!self.danger_accept_any_server_certificate).then_some(ends);
         let mut tasks: Vec<Arc<dyn Periodic>> =
             trust.0.iter().map(|trust| Arc::clone(trust) as _).collect();
         let builder = rustls::ClientConfig::builder_with_details(
@@ -479,7 +508,8 @@ impl ClientTlsBuilder {
         };
         config.alpn_protocols = self.common.alpn.clone();
         config.enable_early_data = self.common.early_data;
-        config.resumption = rustls::client::Resumption::store(Arc::new(ClientSessions::new(trust)));
+        let sessions = ClientSessions::new(trust, ends, Arc::clone(&clock));
+        config.resumption = rustls::client::Resumption::store(Arc::new(sessions));
         if self.common.key_log {
             config.key_log = Arc::new(KeyLogFile::new());
         }
@@ -489,7 +519,7 @@ impl ClientTlsBuilder {
         let quic = Arc::new(quic);
         let crypto = client_crypto(ObservedClientConfig {
             inner: Arc::clone(&quic),
-            context: self.common.context(&faults),
+            context: self.common.context(&faults, packet_crypto),
         });
         Ok(ClientTls { config, quic, crypto, identity, faults, clock, tasks })
     }
@@ -498,6 +528,7 @@ impl ClientTlsBuilder {
         &mut self,
         provider: &CryptoProvider,
         faults: &Arc<FaultCounters>,
+        ends: &Arc<VerifiedEnds>,
     ) -> Result<(Arc<dyn rustls::client::danger::ServerCertVerifier>, TrustSet), CertsError> {
         let algorithms = provider.signature_verification_algorithms;
         let faults = Arc::clone(faults);
@@ -531,7 +562,8 @@ impl ClientTlsBuilder {
         };
         let pinned = std::mem::take(&mut self.pinned);
         let set = TrustSet(trust.iter().chain(pinned.values()).cloned().collect());
-        Ok((Arc::new(ServerVerifier { trust, pinned, faults, algorithms }), set))
+        let ends = Arc::clone(ends);
+        Ok((Arc::new(ServerVerifier { trust, pinned, faults, algorithms, ends }), set))
     }
 }
 
@@ -589,7 +621,7 @@ impl ClientTls {
 }
 
 /// AES-128-GCM, which RFC 9001, section 5.2, prescribes for Initial packets.
-fn initial_suite() -> Suite {
+pub(super) fn initial_suite() -> Suite {
     TLS13_AES_128_GCM_SHA256
         .tls13()
         .and_then(rustls::Tls13CipherSuite::quic_suite)

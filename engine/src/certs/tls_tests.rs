@@ -86,7 +86,8 @@ fn showing(mut server: ServerTls, chain: Vec<CertificateDer<'static>>, key: &Key
         Arc::new(QuicServerConfig::with_initial(server.config.clone(), initial_suite()).unwrap());
     server.crypto = server_crypto(ObservedServerConfig {
         inner: server.quic.clone(),
-        context: Common::default().context(&server.faults),
+        config: server.config.clone(),
+        context: Common::default().context(&server.faults, None),
     });
     server
 }
@@ -131,6 +132,8 @@ fn a_handshake_by_dns_name_and_by_address() {
             let info = HandshakeInfo::of_session(&**session).unwrap();
             assert_eq!(info.group, Some(NamedGroup::X25519MLKEM768));
             assert!(info.is_post_quantum());
+            let choice = PacketCrypto::choose(CryptoProviderChoice::Auto).unwrap();
+            assert_eq!(info.packet_crypto, Some(choice));
             assert_eq!(info.alpn.as_deref(), Some(&b"stoq-test"[..]));
         }
         let peer = PeerIdentity::of_session(&*done.client).unwrap().unwrap();
@@ -368,7 +371,7 @@ fn classical(mut client: ClientTls) -> ClientTls {
         Arc::new(QuicClientConfig::with_initial(client.config.clone(), initial_suite()).unwrap());
     client.crypto = client_crypto(ObservedClientConfig {
         inner: client.quic.clone(),
-        context: Common::default().context(&client.faults),
+        context: Common::default().context(&client.faults, None),
     });
     client
 }
@@ -561,4 +564,25 @@ fn a_node_may_name_only_itself() {
     let (_key, csr) = key_and_request(&names()).unwrap();
     let other = IdentityNames::new().with_client_id("x").unwrap();
     assert!(site.ca.issue(&CertificateRequest { csr: &csr, names: &other }).is_err());
+}
+
+#[test]
+fn no_session_outlives_the_certificate_that_was_verified() {
+    let clock = clock();
+    let server = server(&clock);
+    let client = client_of(&clock, &server).build().unwrap();
+    assert_eq!(kind(&client, &server), HandshakeKind::Full);
+    assert_eq!(kind(&client, &server), HandshakeKind::Resumed);
+    // Nobody renewed it. Minutes before its end the ticket still resumes, after it a full
+    // handshake finds out.
+    let end = server.identity().status().not_after.unwrap();
+    clock.set(end - Duration::from_secs(60));
+    assert_eq!(kind(&client, &server), HandshakeKind::Full, "the ticket keys are older than that");
+    assert_eq!(kind(&client, &server), HandshakeKind::Resumed);
+    clock.set(end + Duration::from_secs(60));
+    server.identity().poll(clock.now());
+    let renewed = server.identity().status().not_after.unwrap();
+    assert!(renewed > end);
+    assert_eq!(kind(&client, &server), HandshakeKind::Full);
+    assert_eq!(kind(&client, &server), HandshakeKind::Resumed);
 }

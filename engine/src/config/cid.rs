@@ -157,7 +157,9 @@ pub struct CidConfig {
     /// Write the ID's length into the rest of the first octet (draft §3.3), else random bits.
     pub encode_length: bool,
     /// IDs are replaced by fresh ones after this, s; 0: only when they are used up. With it, IDs of
-    /// an old configuration leave the connections. At most 86400.
+    /// an old configuration leave the connections. More than twice `idle_timeout_ms`, which must be set:
+    /// quinn-proto 0.11.19 repeats a lost NEW_CONNECTION_ID even when its ID has been retired meanwhile,
+    /// and peers must close for that (RFC 9000 §19.15). At most 86400.
     pub lifetime_s: u64,
 }
 
@@ -251,6 +253,9 @@ mod tests {
         assert!(error.contains("cid.key"), "{error}");
         let error = TransportConfig::from_toml("[cid]\nrotation = 7").expect_err("reserved");
         assert!(error.contains("0 to 6"), "{error}");
+        let error = TransportConfig::from_toml("[cid]\nlifetime_s = 60").expect_err("too short");
+        assert!(error.contains("twice idle_timeout_ms (30000)"), "{error}");
+        TransportConfig::from_toml("[cid]\nlifetime_s = 61").expect("long enough");
         let error = TransportConfig::from_toml("[cid]\nserver_id = 'abc'").expect_err("odd");
         assert!(error.contains("abc"), "{error}");
     }

@@ -3,7 +3,8 @@
 //! A [`Datapath`] moves whole UDP datagrams over IPv6 for exactly one shard: it
 //! is driven from the shard's thread only, never blocks except in
 //! [`wait`](Datapath::wait), and knows nothing of QUIC. Implementations:
-//! AF_XDP rings ([`af_xdp`]), and in-memory links in virtual time ([`sim`]).
+//! AF_XDP rings ([`af_xdp`]), kernel sockets ([`io_uring`], [`socket`]), the pair of
+//! both that outlives its device (`failover`), and in-memory links in virtual time ([`sim`]).
 //!
 //! Ownership: received bytes are copied once into the turn's [`RxBatch`] slab,
 //! so that a ring's frame returns to the kernel at once; sent bytes are copied
@@ -13,6 +14,7 @@
 
 pub mod af_xdp;
 pub mod choice;
+pub(crate) mod failover;
 pub mod io_uring;
 pub mod open;
 pub mod sim;
@@ -20,6 +22,7 @@ pub mod socket;
 pub mod steering;
 pub mod udp_socket;
 
+use std::any::Any;
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -224,7 +227,7 @@ impl DatapathKind {
     }
 }
 
-/// What a datapath can do, fixed when it was opened.
+/// What a datapath is and can do. It changes when another one takes over for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
     /// Kind of datapath.
@@ -236,6 +239,8 @@ pub struct Capabilities {
     pub interface: Option<String>,
     /// Receive and transmit queue that it owns, where there is one.
     pub queue: Option<u32>,
+    /// Why it stands in for the datapath that was opened, while it does.
+    pub standby_reason: Option<String>,
 }
 
 /// Something that the shard must know about the link beneath it.
@@ -250,6 +255,9 @@ pub enum DatapathEvent {
     LinkUp,
     /// The local addresses changed: paths may have to migrate.
     AddressesChanged,
+    /// Another datapath carries the shard from now on, which
+    /// [`capabilities`](Datapath::capabilities) describes; the text says why.
+    Changed(String),
     /// The datapath cannot continue; the text says what happened and what to do.
     Failed(String),
 }
@@ -288,6 +296,10 @@ pub struct DatapathCounters {
     pub tx_drop_link_down: u64,
     /// Dropped: see [`TxDrop::Io`].
     pub tx_drop_io: u64,
+    /// Times that the kernel's socket took over because the device or its driver failed.
+    pub failovers: u64,
+    /// Times that the device was taken into use again after that.
+    pub returns: u64,
     /// System calls made to receive, to kick and to send.
     pub system_calls: u64,
     /// Bytes copied in userspace between packet memory and the engine's buffers.
@@ -361,4 +373,10 @@ pub trait Datapath {
 
     /// Counters so far.
     fn counters(&self) -> DatapathCounters;
+
+    /// Takes a datapath that another thread has opened for this shard, if it can be used now; it
+    /// is dropped otherwise. Only a datapath that replaces a failed part of itself takes any.
+    fn adopt(&mut self, now: Instant, offer: Box<dyn Any>) {
+        let _unused = (now, offer);
+    }
 }

@@ -5,6 +5,7 @@
 
 use std::net::SocketAddrV6;
 use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use stoq_ebpf::steer::SteerTable;
 
@@ -30,16 +31,30 @@ pub enum Datapaths {
 }
 
 /// The XDP program's counters, readable from any thread while the engine lives.
-#[derive(Clone)]
-pub struct XdpHandle(InterfaceHandle);
+#[derive(Debug, Clone)]
+pub struct XdpHandle(Arc<Mutex<InterfaceHandle>>);
 
 impl XdpHandle {
-    /// Every counter with its name.
+    fn new(interface: InterfaceHandle) -> Self {
+        Self(Arc::new(Mutex::new(interface)))
+    }
+
+    /// The program that runs now.
+    pub(crate) fn interface(&self) -> InterfaceHandle {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Names the program that runs from now on.
+    pub(crate) fn set_interface(&self, interface: InterfaceHandle) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = interface;
+    }
+
+    /// Every counter with its name. They begin anew when a program had to be attached again.
     ///
     /// # Errors
     /// When the kernel does not answer, or the interface's program is gone.
     pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, String> {
-        match self.0.xdp_counters() {
+        match self.interface().xdp_counters() {
             None => Err("the XDP program is gone".into()),
             Some(Err(error)) => Err(error.to_string()),
             Some(Ok(counters)) => Ok(counters.iter().collect()),
@@ -55,6 +70,8 @@ pub struct Opened {
     pub reasons: Vec<String>,
     /// The XDP program, where one runs.
     pub xdp: Option<XdpHandle>,
+    /// With what AF_XDP was opened, to do it again.
+    pub(crate) af_xdp: Option<AfXdpConfig>,
     /// The `SO_REUSEPORT` program, where one runs.
     pub steering: Option<SteeringHandle>,
 }
@@ -189,8 +206,14 @@ fn open_af_xdp(config: &TransportConfig) -> Result<Opened, StartError> {
     af_xdp.zero_copy = if config.require_zero_copy { ZeroCopy::Require } else { ZeroCopy::Prefer };
     af_xdp.allow_skb_mode = config.allow_skb_mode;
     let paths = open_interface(&af_xdp).map_err(|error| refused("af_xdp", &error))?;
-    let xdp = paths.first().map(|path| XdpHandle(path.interface()));
-    Ok(Opened { datapaths: Datapaths::AfXdp(paths), reasons: Vec::new(), xdp, steering: None })
+    let xdp = paths.first().map(|path| XdpHandle::new(path.interface()));
+    Ok(Opened {
+        datapaths: Datapaths::AfXdp(paths),
+        reasons: Vec::new(),
+        xdp,
+        af_xdp: Some(af_xdp),
+        steering: None,
+    })
 }
 
 /// One socket per shard: the first chooses the port, the others join it.
@@ -215,7 +238,7 @@ fn open_io_uring(
 ) -> Result<Opened, StartError> {
     let paths = open_each(config, "io_uring", IoUringDatapath::open)?;
     let (steering, reasons) = steer(paths.iter().map(IoUringDatapath::udp_socket), table);
-    Ok(Opened { datapaths: Datapaths::IoUring(paths), reasons, xdp: None, steering })
+    Ok(Opened { datapaths: Datapaths::IoUring(paths), reasons, xdp: None, af_xdp: None, steering })
 }
 
 fn open_sockets(
@@ -224,7 +247,7 @@ fn open_sockets(
 ) -> Result<Opened, StartError> {
     let paths = open_each(config, "socket", SocketDatapath::open)?;
     let (steering, reasons) = steer(paths.iter().map(SocketDatapath::udp_socket), table);
-    Ok(Opened { datapaths: Datapaths::Socket(paths), reasons, xdp: None, steering })
+    Ok(Opened { datapaths: Datapaths::Socket(paths), reasons, xdp: None, af_xdp: None, steering })
 }
 
 /// Lets the kernel give packets to the shards' sockets, if it can; says once if it cannot.

@@ -62,6 +62,7 @@ impl SocketDatapath {
             mode: mode_name(socket.gso(), socket.gro()).to_owned(),
             interface: None,
             queue: None,
+            standby_reason: None,
         };
         Ok(Self {
             capabilities,
@@ -88,6 +89,12 @@ impl SocketDatapath {
     /// The kernel socket, for what concerns all sockets of a port.
     pub(crate) fn udp_socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// Drops what could not leave yet: it is stale when another datapath has taken over.
+    pub(crate) fn discard_unsent(&mut self) {
+        self.counters.tx_drop_io += (self.tail - self.head) as u64;
+        (self.head, self.tail) = (0, 0);
     }
 
     /// Hands out what an earlier call received; true when nothing is left of it.

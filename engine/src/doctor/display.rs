@@ -100,7 +100,12 @@ impl Report {
             Ok(_) => "available, multishot receive".to_owned(),
             Err(reason) => format!("unavailable: {reason}"),
         };
-        entry(f, "io_uring", &io_uring)
+        entry(f, "io_uring", &io_uring)?;
+        let cryptography = match &self.ipsec_mb {
+            Ok(version) => format!("ipsec-mb {version} seals packets (AES-GCM, self-tested)"),
+            Err(reason) => format!("aws-lc-rs seals packets; ipsec-mb: {reason}"),
+        };
+        entry(f, "cryptography", &cryptography)
     }
 }
 

@@ -15,6 +15,7 @@ use serde::{Serialize, Serializer};
 
 use crate::datapath::choice::{Choice, DatapathChoice, InterfaceFacts, choose};
 use crate::datapath::io_uring::{IoUringDatapath, UringFeatures};
+use crate::proto::crypto::{IPSEC_MB_ADVICE, ipsec_mb_version};
 
 /// What a trial bind of an AF_XDP socket proved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -58,6 +59,9 @@ pub struct Report {
     pub host: Host,
     /// What io_uring offers, or why it cannot be used.
     pub io_uring: Result<UringFeatures, String>,
+    /// Version of ipsec-mb, which seals packets unless the configuration says otherwise, or why
+    /// aws-lc-rs does.
+    pub ipsec_mb: Result<String, String>,
     /// One verdict for each interface examined.
     pub interfaces: Vec<Verdict>,
     /// The interface that was asked for and does not exist.
@@ -96,6 +100,14 @@ pub fn examine_with(
             fix: reason.clone(),
         });
     }
+    let ipsec_mb = ipsec_mb_version().map(str::to_owned).map_err(str::to_owned);
+    if ipsec_mb.is_err() && cfg!(target_arch = "x86_64") {
+        advice.push(Advice {
+            costs: "without ipsec-mb, sealing and opening a packet takes about twice the time"
+                .to_owned(),
+            fix: IPSEC_MB_ADVICE.to_owned(),
+        });
+    }
     let mut interfaces = Vec::new();
     let mut missing_interface = None;
     for name in names {
@@ -114,7 +126,7 @@ pub fn examine_with(
         advice.extend(found.advise(choice.kind == crate::datapath::DatapathKind::AfXdp));
         interfaces.push(Verdict { interface: found, choice });
     }
-    Report { kernel, privileges, host, io_uring, interfaces, missing_interface, advice }
+    Report { kernel, privileges, host, io_uring, ipsec_mb, interfaces, missing_interface, advice }
 }
 
 /// What [`choose`] needs to know about one interface of this machine, without a trial.

@@ -9,13 +9,13 @@
 //! over budget, and the shard stops reading a stream whose reader is behind, so
 //! that QUIC's flow control stops the peer.
 
+mod early;
 mod pool;
 mod shared;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::task::{Context, Wake, Waker};
+use std::sync::{Arc, Weak};
 
 use bytes::{Bytes, BytesMut};
 use futures_channel::oneshot;
@@ -28,9 +28,9 @@ use crate::connection::Connection;
 use crate::engine::EngineShared;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
 use crate::pool::{CheckoutError, Lease, PoolEvent};
-use crate::shard::mailbox::Mailbox;
 use crate::stream::{RecvStream, SendStream};
 
+pub(crate) use early::ConnectReply;
 pub(crate) use pool::{CheckoutReply, PoolCommand};
 pub(crate) use shared::{
     ConnRef, ConnShared, HandshakeInfo, OpenedStream, RecvEnd, StreamShared, encode_code,
@@ -51,44 +51,18 @@ pub(crate) enum Command {
     Abandoned(ConnId),
     /// What to do with a client that knocked.
     Incoming { key: usize, decision: Decision },
+    /// A client that an application on the shard dropped without an answer.
+    Undecided(Box<quinn_proto::Incoming>),
     /// For the connection pool.
     Pool(PoolCommand),
 }
 
 /// The application's answer to a client that knocked.
 pub(crate) enum Decision {
-    Accept(oneshot::Sender<Result<Connection, ConnectionError>>),
+    Accept(ConnectReply),
     Refuse,
     Retry,
     Ignore,
-}
-
-/// Where the outcome of a connection attempt goes.
-pub(crate) struct ConnectReply(pub(crate) oneshot::Sender<Result<Connection, ConnectionError>>);
-
-impl ConnectReply {
-    /// Whether the handle was dropped already.
-    pub(crate) fn is_canceled(&self) -> bool {
-        self.0.is_canceled()
-    }
-
-    /// The attempt could not even start.
-    pub(crate) fn fail(self, error: ConnectError) {
-        // The caller may have dropped its future: nobody is left to tell.
-        let _nobody_waits = self.0.send(Err(ConnectionError::NotStarted(error)));
-    }
-}
-
-/// Wakes the shard when the handle of a connection attempt is dropped.
-struct AttemptDropped {
-    mailbox: Mailbox,
-    id: ConnId,
-}
-
-impl Wake for AttemptDropped {
-    fn wake(self: Arc<Self>) {
-        self.mailbox.notify(Command::Abandoned(self.id));
-    }
 }
 
 /// One stream as the shard sees it.
@@ -114,6 +88,8 @@ impl Stream {
 struct Conn {
     shared: Arc<ConnShared>,
     connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
+    /// The handle that was given out before the handshake's end, if it still exists.
+    early: Weak<ConnRef>,
     /// The pool's own handle.
     pooled: Option<Arc<ConnRef>>,
     streams: FxHashMap<StreamId, Stream>,
@@ -150,6 +126,10 @@ impl HandleApp {
             Command::Dirty(conn) => self.dirty.push(conn),
             Command::Abandoned(conn) => self.abandon_attempt(cx, conn),
             Command::Incoming { key, decision } => self.decide(cx, key, decision),
+            Command::Undecided(incoming) => {
+                cx.proto.counters.incoming_refused += 1;
+                cx.proto.refuse(*incoming);
+            }
             Command::Pool(command) => self.handle_pool_command(cx, command),
         }
     }
@@ -178,7 +158,7 @@ impl HandleApp {
         reply: ConnectReply,
     ) {
         match result {
-            Ok(id) => self.insert(cx, id, Some(reply.0)),
+            Ok(id) => self.insert(cx, id, Some(reply)),
             Err(error) => reply.fail(error),
         }
     }
@@ -212,18 +192,6 @@ impl HandleApp {
         self.engine.shard_ended();
     }
 
-    /// Nobody waits for this handshake any more: it ends here, the peer is told.
-    fn abandon_attempt(&mut self, cx: &mut ShardCx<'_>, id: ConnId) {
-        // Connected meanwhile: the reply carried the handle, whose drop closes the connection.
-        if self.conns.get(&id).is_none_or(|conn| conn.connecting.is_none()) {
-            return;
-        }
-        cx.proto.counters.attempts_abandoned += 1;
-        cx.close(id, VarInt::from_u32(0), Bytes::new());
-        cx.proto.report_closed(id);
-        self.forget(id, &ConnectionError::ClosedLocally);
-    }
-
     /// Drops a connection's entry and tells its handles.
     fn forget(&mut self, id: ConnId, reason: &ConnectionError) {
         if let Some(conn) = self.conns.remove(&id) {
@@ -239,9 +207,7 @@ impl HandleApp {
             Decision::Accept(reply) if reply.is_canceled() => cx.refuse(incoming),
             Decision::Accept(reply) => match cx.accept(incoming) {
                 Ok(id) => self.insert(cx, id, Some(reply)),
-                Err(error) => {
-                    let _nobody_waits = reply.send(Err(error));
-                }
+                Err(error) => reply.end(error),
             },
             Decision::Refuse => cx.refuse(incoming),
             Decision::Retry => {
@@ -254,17 +220,12 @@ impl HandleApp {
         }
     }
 
-    fn insert(
-        &mut self,
-        cx: &mut ShardCx<'_>,
-        id: ConnId,
-        mut connecting: Option<oneshot::Sender<Result<Connection, ConnectionError>>>,
-    ) {
+    fn insert(&mut self, cx: &mut ShardCx<'_>, id: ConnId, reply: Option<ConnectReply>) {
         let mailbox = self.engine.mailbox(cx.shard());
-        let dropped = Waker::from(Arc::new(AttemptDropped { mailbox: mailbox.clone(), id }));
-        let canceled = connecting.as_mut().is_some_and(|reply| {
-            reply.poll_canceled(&mut Context::from_waker(&dropped)).is_ready()
-        });
+        let (mut connecting, early) = reply.map(ConnectReply::into_parts).unzip();
+        let canceled = connecting
+            .as_mut()
+            .is_some_and(|connecting| early::watch_attempt(connecting, &mailbox, id));
         let config = cx.proto.config();
         let shared = Arc::new(ConnShared::new(
             id,
@@ -278,13 +239,17 @@ impl HandleApp {
         let conn = Conn {
             shared,
             connecting,
+            early: Weak::new(),
             pooled: None,
             streams: FxHashMap::default(),
             opening: Default::default(),
         };
-        self.conns.insert(id, conn);
+        let conn = self.conns.entry(id).insert_entry(conn).into_mut();
         if canceled {
-            self.abandon_attempt(cx, id);
+            return self.abandon_attempt(cx, id);
+        }
+        if let Some(early) = early {
+            Self::offer_early(cx, id, conn, early);
         }
     }
 
@@ -312,6 +277,8 @@ impl HandleApp {
         }
         Self::serve_datagrams(cx, id, conn);
         if let Some((code, reason)) = shared.close_request() {
+            let is_attempt = conn.connecting.as_ref().is_some_and(oneshot::Sender::is_canceled);
+            cx.proto.counters.attempts_abandoned += u64::from(is_attempt);
             cx.close(id, code, reason);
             cx.proto.report_closed(id);
             cx.proto.pool_closed(cx.now, id, &ConnectionError::ClosedLocally);
@@ -337,21 +304,23 @@ impl HandleApp {
             }
             let Some(stream) = cx.open(id, dir) else { return };
             let reply = conn.opening[dir as usize].pop_front().expect("front() saw it");
-            let shared = Self::add_stream(conn, stream, dir == Dir::Uni, streams);
+            let early = cx.is_handshaking(id);
+            let shared = Self::add_stream(conn, stream, dir == Dir::Uni, early, streams);
             // A reply that nobody takes is dropped, here or with its future, and abandons the stream.
             let _dropped_stream_closes =
                 reply.send(OpenedStream::new(conn.shared.clone(), stream, shared));
         }
     }
 
-    /// `send_only`: we opened it and it is unidirectional.
+    /// `send_only`: we opened it and it is unidirectional. `early`: before the handshake's end.
     fn add_stream(
         conn: &mut Conn,
         stream: StreamId,
         send_only: bool,
+        early: bool,
         streams: &mut usize,
     ) -> Arc<StreamShared> {
-        let shared = Arc::new(StreamShared::default());
+        let shared = Arc::new(StreamShared::new(early));
         *streams += 1;
         let entry = Stream {
             shared: shared.clone(),
@@ -362,6 +331,26 @@ impl HandleApp {
         };
         conn.streams.insert(stream, entry);
         shared
+    }
+
+    /// Takes what the peer opened; `early`: some of it may have come before the handshake's end.
+    fn take_streams(
+        cx: &mut ShardCx<'_>,
+        id: ConnId,
+        conn: &mut Conn,
+        dir: Dir,
+        early: bool,
+        streams: &mut usize,
+    ) {
+        while let Some(stream) = cx.accept_stream(id, dir) {
+            let shared = Self::add_stream(conn, stream, false, early, streams);
+            let entry = conn.streams.get_mut(&stream).expect("just added");
+            entry.send_over = dir == Dir::Uni;
+            Self::serve_recv(cx, id, stream, entry, &conn.shared);
+            conn.shared.offer_stream(dir, stream, shared);
+            // It may have come whole in its first packet.
+            Self::release(conn, stream, streams);
+        }
     }
 
     /// Forgets a stream of which both directions are over.
@@ -465,6 +454,10 @@ impl HandleApp {
         let end = loop {
             let room = recv_room(conn, shared);
             if room == 0 {
+                // A reader that only waits for a reset hears of it though nobody reads.
+                if let Some(code) = cx.received_reset(id, stream) {
+                    break RecvEnd::Reset(code);
+                }
                 if conn.block_recv(shared) {
                     return;
                 }
@@ -605,13 +598,14 @@ impl ShardApp for HandleApp {
         conn.shared.set_handshake(HandshakeInfo {
             settled: cx.proto.handshake_data(id),
             peer_certificates: cx.peer_certificates(id),
+            early_data_accepted: cx.early_data_accepted(id),
         });
-        if cx.early_data_accepted(id) == Some(false) {
-            Self::reject_early_streams(conn);
-        }
+        Self::end_early(cx, id, conn, &mut self.streams);
         Self::publish(cx, id, conn);
         if let Some(reply) = conn.connecting.take() {
-            let connection = Connection::new(Arc::new(ConnRef::new(conn.shared.clone())));
+            let handle = conn.early.upgrade();
+            let handle = handle.unwrap_or_else(|| Arc::new(ConnRef::new(conn.shared.clone())));
+            let connection = Connection::new(handle);
             // Nobody waits: the handle is dropped here and closes the connection.
             let _dropped_handle_closes = reply.send(Ok(connection));
         }
@@ -619,15 +613,8 @@ impl ShardApp for HandleApp {
 
     fn handle_stream_opened(&mut self, cx: &mut ShardCx<'_>, id: ConnId, dir: Dir) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        while let Some(stream) = cx.accept_stream(id, dir) {
-            let shared = Self::add_stream(conn, stream, false, &mut self.streams);
-            let entry = conn.streams.get_mut(&stream).expect("just added");
-            entry.send_over = dir == Dir::Uni;
-            Self::serve_recv(cx, id, stream, entry, &conn.shared);
-            conn.shared.offer_stream(dir, stream, shared);
-            // It may have come whole in its first packet.
-            Self::release(conn, stream, &mut self.streams);
-        }
+        let early = cx.is_handshaking(id);
+        Self::take_streams(cx, id, conn, dir, early, &mut self.streams);
     }
 
     fn handle_readable(&mut self, cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use futures_channel::oneshot;
 
-use super::{Conn, ConnRef, HandleApp, RecvEnd};
+use super::{Conn, ConnRef, HandleApp};
 use crate::app::{ConnId, ShardCx};
 use crate::connection::Connection;
 use crate::error::ConnectionError;
@@ -103,15 +103,6 @@ impl HandleApp {
     pub(super) fn publish_pool_event(&mut self, cx: &mut ShardCx<'_>, event: &PoolEvent) {
         if self.engine.offer_pool_event(event.clone()) {
             cx.proto.pool(cx.owner).counters.events_dropped += 1;
-        }
-    }
-
-    /// The server refused early data: the streams that carried it are void (RFC 9001 §4.6.2).
-    pub(super) fn reject_early_streams(conn: &mut Conn) {
-        for (_, stream) in conn.streams.drain() {
-            stream.shared.reject_early();
-            stream.shared.end_recv(RecvEnd::Rejected);
-            stream.shared.wake_all_senders();
         }
     }
 }

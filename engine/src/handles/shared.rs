@@ -89,12 +89,16 @@ pub(crate) enum RecvEnd {
 pub(crate) struct HandshakeInfo {
     pub(crate) settled: Option<crate::certs::HandshakeInfo>,
     pub(crate) peer_certificates: Option<Vec<CertificateDer<'static>>>,
+    /// Whether the server took our early data; `None`: none was possible, or we are the server.
+    pub(crate) early_data_accepted: Option<bool>,
 }
 
 /// Both directions of one stream.
 #[derive(Debug, Default)]
 pub(crate) struct StreamShared {
     pub(crate) dirty: AtomicBool,
+    /// It was opened before the handshake was complete.
+    pub(crate) early: bool,
 
     pub(crate) send_queue: SegQueue<Bytes>,
     pub(crate) send_queued_bytes: AtomicUsize,
@@ -123,6 +127,10 @@ pub(crate) struct StreamShared {
 }
 
 impl StreamShared {
+    pub(crate) fn new(early: bool) -> Self {
+        Self { early, ..Self::default() }
+    }
+
     /// The server refused the early data that the stream carried: it is void.
     pub(crate) fn reject_early(&self) {
         self.early_rejected.store(true, Release);

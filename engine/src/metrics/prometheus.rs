@@ -4,9 +4,11 @@
 //! `_total` behind what only rises. Drops are one family with a `reason` label.
 
 use std::fmt::Write;
+use std::time::UNIX_EPOCH;
 
 use super::ShardMetrics;
 use super::histogram::{Histogram, Merged};
+use crate::certs::{CertificateFault, RotatingIdentity};
 use crate::datapath::Capabilities;
 
 /// Upper bounds of the exported latency buckets, ns: 1, 2 and 5 of every power of ten.
@@ -80,7 +82,10 @@ impl Exposition {
 impl Family {
     fn sample(&mut self, suffix: &str, labels: &str, value: impl std::fmt::Display) {
         let name = &self.name;
-        push(&mut self.samples, format_args!("{name}{suffix}{{{labels}}} {value}\n"));
+        match labels.is_empty() {
+            true => push(&mut self.samples, format_args!("{name}{suffix} {value}\n")),
+            false => push(&mut self.samples, format_args!("{name}{suffix}{{{labels}}} {value}\n")),
+        }
     }
 }
 
@@ -95,15 +100,16 @@ fn escape(value: &str) -> String {
 
 /// Everything that the shards publish, and what the kernel steered to them.
 pub(crate) fn render<'a>(
-    shards: impl IntoIterator<Item = (&'a ShardMetrics, &'a Capabilities)>,
+    shards: impl IntoIterator<Item = &'a ShardMetrics>,
     steered: &[(&str, u64)],
+    rotation: Option<&RotatingIdentity>,
 ) -> String {
     let mut out = Exposition::default();
     let version = concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"");
     out.family("stoq_build_info", "gauge", "The engine's version.").sample("", version, 1);
-    for (number, (metrics, capabilities)) in shards.into_iter().enumerate() {
+    for (number, metrics) in shards.into_iter().enumerate() {
         let shard = format!("shard=\"{number}\"");
-        info(&mut out, &shard, capabilities);
+        info(&mut out, &shard, &metrics.path());
         for (name, help, value) in metrics.shard().described() {
             let is_gauge = SHARD_GAUGES.contains(&name);
             counter(&mut out, "shard", name, help, value, &shard, is_gauge);
@@ -142,7 +148,42 @@ pub(crate) fn render<'a>(
         let family = out.family("stoq_steering_packets_total", "counter", help);
         family.sample("", &format!("outcome=\"{outcome}\""), *packets);
     }
+    if let Some(identity) = rotation {
+        certificate(&mut out, identity);
+    }
     out.into_text()
+}
+
+/// The served certificate: its dates as Unix time, what happened to it, what was refused.
+fn certificate(out: &mut Exposition, identity: &RotatingIdentity) {
+    let status = identity.status();
+    let dates = [
+        ("not_before", status.not_before, "Start of the served certificate's validity, Unix time."),
+        ("not_after", status.not_after, "End of the served certificate's validity, Unix time."),
+        ("next_renewal", status.next_renewal, "When the next renewal is due, Unix time."),
+    ];
+    for (name, date, help) in dates {
+        let Some(since) = date.and_then(|date| date.duration_since(UNIX_EPOCH).ok()) else {
+            continue;
+        };
+        let family = out.family(&format!("stoq_certificate_{name}_seconds"), "gauge", help);
+        family.sample("", "", since.as_secs());
+    }
+    let counts = [
+        ("renewals", status.renewals, "Certificates taken over after the first."),
+        ("renewal_failures", status.failures, "Failed attempts to renew the certificate."),
+        ("alarms", status.alarms, "Alarms that the certificate runs out."),
+    ];
+    for (name, count, help) in counts {
+        let family = out.family(&format!("stoq_certificate_{name}_total"), "counter", help);
+        family.sample("", "", count);
+    }
+    let help = "Refused certificates and failed renewals, by kind.";
+    let family = out.family("stoq_certificate_faults_total", "counter", help);
+    for fault in CertificateFault::ALL {
+        let label = format!("fault=\"{}\"", fault.label());
+        family.sample("", &label, identity.faults().count(fault));
+    }
 }
 
 fn info(out: &mut Exposition, shard: &str, capabilities: &Capabilities) {
@@ -213,6 +254,7 @@ mod tests {
             mode: "GSO".into(),
             kind: DatapathKind::Socket,
             queue: None,
+            standby_reason: None,
         }
     }
 
@@ -231,8 +273,10 @@ mod tests {
         for us in [90, 110, 20_000_000] {
             metrics[1].rtt_ns.record(us * 1000);
         }
-        let capabilities = capabilities();
-        render(metrics.iter().map(|shard| (shard, &capabilities)), &[("steered_by_id", 3)])
+        for metrics in &metrics {
+            metrics.set_path(capabilities());
+        }
+        render(&metrics, &[("steered_by_id", 3)], None)
     }
 
     #[test]

@@ -30,6 +30,7 @@ use stoq_ebpf::steer::{
     shard_of, steer,
 };
 
+use super::balance::Aim;
 use crate::config::{CID_BYTES_MAX, CID_SHARD_BYTES, CidConfig, CidKey, ConfigError};
 use quic_lb::QuicLb;
 
@@ -187,10 +188,11 @@ impl Cids {
     }
 }
 
-/// Issues IDs for one shard.
+/// Issues IDs for one shard, and for another where a Retry is aimed at it.
 pub(crate) struct ShardCidGenerator {
     cids: Cids,
     shard: u8,
+    aim: Aim,
     rng: StdRng,
     /// For the life of the endpoint: quinn-proto asks once.
     length_bytes: usize,
@@ -198,19 +200,20 @@ pub(crate) struct ShardCidGenerator {
 }
 
 impl ShardCidGenerator {
-    pub(crate) fn new(cids: Cids, shard: u8, seed: [u8; 32]) -> Self {
+    pub(crate) fn new(cids: Cids, shard: u8, aim: Aim, seed: [u8; 32]) -> Self {
         let (length_bytes, lifetime_s) = {
             let config = &cids.table().config;
             (config.length_bytes, config.lifetime_s)
         };
         let lifetime = (lifetime_s != 0).then(|| Duration::from_secs(lifetime_s));
-        Self { cids, shard, rng: StdRng::from_seed(seed), length_bytes, lifetime }
+        Self { cids, shard, aim, rng: StdRng::from_seed(seed), length_bytes, lifetime }
     }
 }
 
 impl ConnectionIdGenerator for ShardCidGenerator {
     fn generate_cid(&mut self) -> ConnectionId {
-        self.cids.table().make(self.shard, &mut self.rng)
+        let shard = self.aim.shard().unwrap_or(self.shard);
+        self.cids.table().make(shard, &mut self.rng)
     }
 
     fn validate(&self, cid: &ConnectionId) -> Result<(), InvalidCid> {
@@ -240,7 +243,7 @@ mod tests {
     }
 
     fn generator(cids: &Cids, shard: u8) -> ShardCidGenerator {
-        ShardCidGenerator::new(cids.clone(), shard, [3; 32])
+        ShardCidGenerator::new(cids.clone(), shard, Aim::default(), [3; 32])
     }
 
     fn short_header(cid: &[u8]) -> Vec<u8> {

@@ -9,15 +9,15 @@ use quinn_proto::{Connection, FrameStats};
 use super::Owner;
 use super::bbr::State;
 use super::congestion::{CcState, Gated};
+use super::credit::Credit;
 use super::pacing::Pacer;
 use crate::app::ConnId;
 use crate::certs::KeyUpdates;
+use crate::config::ACK_DELAY_MAX;
 use crate::pool::EntryId;
 
 /// ACK-eliciting packets after which an ACK must leave although data may not (RFC 9000 §13.2.2).
 const ACK_ELICITING_FRAMES_MAX: u64 = 2;
-/// The longest that an owed ACK waits behind a closed gate (RFC 9000 §18.2, max_ack_delay's default).
-const OWED_ACK_DELAY_MAX: Duration = Duration::from_millis(25);
 /// Quantum while the controller names no rate: two packets, at most 64 kB (see bbr's send_quantum).
 const QUANTUM_BYTES_MAX: u64 = 64 * 1024;
 
@@ -183,6 +183,8 @@ pub(crate) struct Conn {
     pub(crate) span: tracing::Span,
     /// Counts changes of its keys, once the handshake is over.
     pub(crate) key_updates: Option<KeyUpdates>,
+    /// What the peer may use, and uses.
+    pub(crate) credit: Credit,
     /// Something arrived since `owes_ack` last looked.
     pub(crate) rx_since_ack_check: bool,
     cc: Arc<CcState>,
@@ -204,6 +206,7 @@ impl Conn {
         now: Instant,
         handshake_deadline: Instant,
         span: tracing::Span,
+        credit: Credit,
     ) -> Self {
         Self {
             cc: Gated::state_of(&inner),
@@ -221,6 +224,7 @@ impl Conn {
             pool_entry: None,
             span,
             key_updates: None,
+            credit,
             rx_since_ack_check: false,
             pacer: Pacer::new(now),
             paced_until: None,
@@ -331,7 +335,7 @@ impl Conn {
             return false;
         }
         let since = *self.owed_since.get_or_insert(now);
-        if owed < ACK_ELICITING_FRAMES_MAX && now < since + OWED_ACK_DELAY_MAX {
+        if owed < ACK_ELICITING_FRAMES_MAX && now < since + ACK_DELAY_MAX {
             return false;
         }
         self.eliciting_at_ack = eliciting;
@@ -359,7 +363,7 @@ impl Conn {
     /// The earliest of quinn-proto's timeout, the handshake's and the age's deadlines, the pacer and
     /// an owed ACK.
     pub(crate) fn next_deadline(&mut self) -> Option<Instant> {
-        let owed = self.owed_since.map(|since| since + OWED_ACK_DELAY_MAX);
+        let owed = self.owed_since.map(|since| since + ACK_DELAY_MAX);
         let ends = [self.handshake_deadline, self.age_deadline];
         [self.inner.poll_timeout(), self.paced_until, owed].into_iter().chain(ends).flatten().min()
     }

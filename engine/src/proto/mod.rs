@@ -5,10 +5,13 @@
 //! `handle_*` of a batch first, then endpoint events, then application events,
 //! then `poll_transmit` until it is blocked, then the timeout.
 
+pub(crate) mod balance;
 pub mod bbr;
 pub(crate) mod cid;
 pub(crate) mod congestion;
 mod connection;
+pub(crate) mod credit;
+pub mod crypto;
 pub(crate) mod pacing;
 mod pooling;
 mod qlog;
@@ -28,7 +31,7 @@ use quinn_proto::{
 
 use crate::app::{ConnId, Incoming};
 use crate::config::{
-    HANDSHAKE_STEPS_MAX, RetryPolicy, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
+    HANDSHAKE_STEPS_MAX, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
 };
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
@@ -100,6 +103,7 @@ pub(crate) struct Protocol {
     /// One per largest UDP payload that a path was seen to carry.
     transports: Vec<(u16, Arc<quinn_proto::TransportConfig>)>,
     cc_seed: u64,
+    balance: balance::Balance,
     server: Option<Arc<ServerConfig>>,
     client: Option<ClientConfig>,
     shard: usize,
@@ -117,6 +121,7 @@ pub(crate) struct ProtocolSetup {
     pub(crate) config: Arc<TransportConfig>,
     pub(crate) identity: QuicIdentity,
     pub(crate) cids: cid::Cids,
+    pub(crate) loads: balance::Loads,
     pub(crate) shard: usize,
     /// Shards of the engine.
     pub(crate) shards: usize,
@@ -134,12 +139,23 @@ impl Protocol {
     pub(crate) fn new(setup: ProtocolSetup, now: Instant) -> Self {
         let pools = pooling::pools(&setup);
         let ProtocolSetup {
-            config, identity, cids, shard, metrics, mailbox, mtu_bytes, seed, ..
+            config,
+            identity,
+            cids,
+            loads,
+            shard,
+            metrics,
+            mailbox,
+            mtu_bytes,
+            seed,
+            ..
         } = setup;
         let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
         let transport = Arc::new(config.quic(mtu_bytes, cc_seed, metrics.clone()));
         let transports = vec![(mtu_bytes, transport.clone())];
         let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
+        let aim = balance::Aim::default();
+        let generator_aim = aim.clone();
         let mut endpoint_config = EndpointConfig::new(reset_key);
         // A limit set for this side holds for what the peer sends, too (RFC 9000 §18.2).
         let payload_bytes_max = match config.mtu_upper_bound_bytes {
@@ -153,7 +169,8 @@ impl Protocol {
             .cid_generator(move || {
                 let mut cid_seed = seed;
                 cid_seed[0] ^= 0x5a;
-                Box::new(cid::ShardCidGenerator::new(cids.clone(), shard as u8, cid_seed))
+                let (cids, aim) = (cids.clone(), generator_aim.clone());
+                Box::new(cid::ShardCidGenerator::new(cids, shard as u8, aim, cid_seed))
             });
         let server = identity.server.map(|crypto| {
             let token_key = identity.token_key.clone().unwrap_or_else(|| random_token_key(&seed));
@@ -199,6 +216,7 @@ impl Protocol {
             metrics,
             config,
             transports,
+            balance: balance::Balance::new(loads, shard, aim.clone(), cc_seed),
             cc_seed,
             client,
             shard,
@@ -304,32 +322,6 @@ impl Protocol {
         }
     }
 
-    /// Applies the shard's own limits to a client before the application sees it.
-    fn screen(&mut self, incoming: quinn_proto::Incoming) -> Option<Incoming> {
-        if !self.accepting || self.live >= self.config.connections_per_shard_max {
-            self.counters.incoming_refused += 1;
-            self.refuse(incoming);
-            return None;
-        }
-        let demand = match self.config.retry {
-            RetryPolicy::Never => false,
-            RetryPolicy::Always => true,
-            RetryPolicy::UnderLoad => self.handshaking > self.config.incoming_max / 4,
-        };
-        if demand && !incoming.remote_address_validated() {
-            match self.retry(incoming) {
-                Ok(()) => return None,
-                Err(incoming) => return Some(Incoming(incoming)),
-            }
-        }
-        if self.handshaking >= self.config.incoming_max {
-            self.counters.incoming_refused += 1;
-            self.refuse(incoming);
-            return None;
-        }
-        Some(Incoming(incoming))
-    }
-
     /// The settings for paths whose UDP payload is at most `mtu_bytes`.
     fn transport(
         &mut self,
@@ -392,23 +384,6 @@ impl Protocol {
         self.response_buffer.clear();
         let transmit = self.endpoint.refuse(incoming, &mut self.response_buffer);
         self.push_response(&transmit);
-    }
-
-    // The large error hands the client back; it lives on the stack for one call.
-    #[allow(clippy::result_large_err)]
-    pub(crate) fn retry(
-        &mut self,
-        incoming: quinn_proto::Incoming,
-    ) -> Result<(), quinn_proto::Incoming> {
-        self.response_buffer.clear();
-        match self.endpoint.retry(incoming, &mut self.response_buffer) {
-            Ok(transmit) => {
-                self.counters.retries += 1;
-                self.push_response(&transmit);
-                Ok(())
-            }
-            Err(error) => Err(error.into_incoming()),
-        }
     }
 
     pub(crate) fn ignore(&mut self, incoming: quinn_proto::Incoming) {
@@ -482,10 +457,12 @@ impl Protocol {
         }
         debug_assert!(self.conns[slot].is_none(), "quinn-proto reuses a slot only when drained");
         let span = self.span(&connection);
-        let mut conn = Box::new(Conn::new(connection, id, owner, now, deadline, span));
+        let credit = credit::Credit::new(&self.config, now);
+        let mut conn = Box::new(Conn::new(connection, id, owner, now, deadline, span, credit));
         conn.age_deadline = self.config.connection_age_max(id.generation).map(|age| now + age);
         self.conns[slot] = Some(conn);
         self.live += 1;
+        self.balance.note(self.live);
         self.handshaking += 1;
         self.handshake_steps_left = self.handshake_steps_left.saturating_sub(1);
         self.mark_touched(slot as u32);
@@ -655,6 +632,7 @@ impl Protocol {
         if let Some(conn) = self.conns[slot as usize].take() {
             tracing::debug!(parent: &conn.span, "gone");
             self.live -= 1;
+            self.balance.note(self.live);
             self.closing -= usize::from(conn.closing);
             if conn.handshake_deadline.is_some() {
                 self.handshaking -= 1;

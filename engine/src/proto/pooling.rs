@@ -101,6 +101,18 @@ impl Protocol {
         }
     }
 
+    /// Whether an application may use the connection before its handshake is complete: clients where
+    /// 0-RTT is allowed and a session is remembered, servers always (0.5-RTT).
+    pub(crate) fn may_be_used_early(&self, id: ConnId) -> bool {
+        let Some(connection) = self.connection(id) else { return false };
+        connection.side().is_server() || (self.config.zero_rtt && connection.has_0rtt())
+    }
+
+    /// Whether there are keys for early data: the client may have sent, the server received some.
+    pub(crate) fn has_early_keys(&self, id: ConnId) -> bool {
+        self.connection(id).is_some_and(quinn_proto::Connection::has_0rtt)
+    }
+
     /// Whether the server accepted our early data; `None` while the handshake goes on, without early
     /// data, and on servers, which would not have read it.
     pub(crate) fn early_data_accepted(&self, id: ConnId) -> Option<bool> {

@@ -34,6 +34,8 @@ pub(crate) enum Command {
         config: Option<quinn_proto::ClientConfig>,
         reply: crate::handles::ConnectReply,
     },
+    /// A datapath that was opened for this shard.
+    Datapath(Box<dyn Any + Send>),
     /// Stop: close everything with this code and reason by the deadline.
     Shutdown(ShutdownOrder),
 }
@@ -80,20 +82,28 @@ impl Mailbox {
     /// # Errors
     /// When the system gives no eventfd.
     pub(crate) fn new(capacity: usize) -> std::io::Result<Self> {
-        Self::with_epoch(capacity, Some(Instant::now()))
+        Self::with_epoch(capacity, HANDOFF_DATAGRAMS_MAX, Some(Instant::now()))
     }
 
-    /// As [`new`](Self::new), for a shard whose clock is not the system's.
-    pub(crate) fn without_wait_times(capacity: usize) -> std::io::Result<Self> {
-        Self::with_epoch(capacity, None)
+    /// As [`new`](Self::new), for a shard whose clock is not the system's and to which others hand
+    /// over at most `handoff_datagrams`.
+    pub(crate) fn without_wait_times(
+        capacity: usize,
+        handoff_datagrams: usize,
+    ) -> std::io::Result<Self> {
+        Self::with_epoch(capacity, handoff_datagrams, None)
     }
 
-    fn with_epoch(capacity: usize, epoch: Option<Instant>) -> std::io::Result<Self> {
+    fn with_epoch(
+        capacity: usize,
+        handoff_datagrams: usize,
+        epoch: Option<Instant>,
+    ) -> std::io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 commands: ArrayQueue::new(capacity),
-                datagrams: ArrayQueue::new(HANDOFF_DATAGRAMS_MAX),
+                datagrams: ArrayQueue::new(handoff_datagrams),
                 notices: SegQueue::new(),
                 parked: AtomicBool::new(false),
                 stopped: AtomicBool::new(false),
@@ -281,7 +291,7 @@ mod tests {
         let wait = mailbox.take_wait(Instant::now()).expect("waited");
         assert!(wait >= Duration::from_millis(5), "{wait:?} is not the first one's");
         assert_eq!(mailbox.take_wait(Instant::now()), None);
-        let unmeasured = Mailbox::without_wait_times(8).expect("eventfd");
+        let unmeasured = Mailbox::without_wait_times(8, 8).expect("eventfd");
         assert!(unmeasured.push(app(1)).is_ok());
         assert_eq!(unmeasured.take_wait(Instant::now()), None);
     }

@@ -21,6 +21,7 @@
 pub(crate) mod mailbox;
 mod overdue;
 mod pool;
+pub(crate) mod spin;
 pub(crate) mod worker;
 
 use std::collections::VecDeque;
@@ -41,6 +42,7 @@ use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
 use crate::handles::HandleApp;
 use crate::metrics::ShardMetrics;
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{AppEvent, Gate, Owner, Protocol, tx_meta};
 use mailbox::{Command, Mailbox, ShutdownOrder};
@@ -75,6 +77,7 @@ struct Ending {
 pub(crate) struct Siblings {
     pub(crate) mailboxes: Arc<[Mailbox]>,
     pub(crate) cids: Cids,
+    pub(crate) loads: Loads,
 }
 
 /// One core's share of the engine. See the [module documentation](self).
@@ -233,6 +236,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Datagrams that arrived at other shards, then commands of other threads.
     fn drain_mailbox(&mut self, now: Instant) -> bool {
         let mut worked = false;
+        // A share of its own, too: handshakes of this shard's queue cannot hold back the others'.
+        self.proto.allow_handshake_steps();
         for _ in 0..RX_BATCH_DATAGRAMS_MAX {
             if !self.proto.handshakes_may_go_on() {
                 break;
@@ -325,7 +330,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
         };
         match event {
-            Event::HandshakeDataReady => {}
+            Event::HandshakeDataReady => {
+                if owner == Owner::Handles {
+                    let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
+                    self.handles.handle_handshake_data(&mut cx, conn);
+                }
+            }
             Event::Connected => {
                 self.proto.handshake_over(conn);
                 self.proto.note_connected(conn);
@@ -336,16 +346,21 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 self.proto.handshake_over(conn);
                 self.tell_closed(now, conn, owner, &reason.into());
             }
-            Event::Stream(event) => self.call(now, owner, Some(conn), |app, cx| match event {
-                StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
-                StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
-                StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
-                StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
-                StreamEvent::Stopped { id, error_code } => {
-                    app.handle_stopped(cx, conn, id, error_code);
+            Event::Stream(event) => {
+                if let StreamEvent::Opened { dir } = event {
+                    self.proto.note_streams_opened(now, conn, dir);
                 }
-                StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
-            }),
+                self.call(now, owner, Some(conn), |app, cx| match event {
+                    StreamEvent::Opened { dir } => app.handle_stream_opened(cx, conn, dir),
+                    StreamEvent::Readable { id } => app.handle_readable(cx, conn, id),
+                    StreamEvent::Writable { id } => app.handle_writable(cx, conn, id),
+                    StreamEvent::Finished { id } => app.handle_finished(cx, conn, id),
+                    StreamEvent::Stopped { id, error_code } => {
+                        app.handle_stopped(cx, conn, id, error_code);
+                    }
+                    StreamEvent::Available { dir } => app.handle_streams_available(cx, conn, dir),
+                })
+            }
             Event::DatagramReceived => {
                 self.call(now, owner, Some(conn), |app, cx| app.handle_datagrams(cx, conn));
             }
@@ -572,6 +587,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 let mut cx = handle_cx(&mut self.proto, &self.datapath, now);
                 self.handles.handle_connect_result(&mut cx, result, reply);
             }
+            Command::Datapath(offer) => self.datapath.adopt(now, offer),
             Command::Shutdown(order) => self.begin_ending(now, order),
         }
     }
@@ -588,6 +604,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 tracing::info!(shard = self.proto.shard_index(), "link up");
             }
             DatapathEvent::AddressesChanged => self.proto.local_addresses_changed(),
+            DatapathEvent::Changed(reason) => {
+                let path = self.datapath.capabilities();
+                let (shard, datapath) = (self.proto.shard_index(), path.kind.name());
+                tracing::warn!(shard, datapath, path.mode, reason, "the datapath has changed");
+                self.metrics.set_path(path.clone());
+            }
             DatapathEvent::Failed(reason) => {
                 tracing::error!(shard = self.proto.shard_index(), reason, "datapath failed");
                 self.failed = Some(reason);

@@ -3,7 +3,10 @@
 //! A [`SimHost`] is a real shard (its `turn` is the one that runs over AF_XDP) on a
 //! [`SimDatapath`], driven by [`run`](crate::datapath::sim::run) in one thread.
 
+#[cfg(test)]
+mod failover_tests;
 mod runner;
+mod shards;
 mod workload;
 
 use std::any::Any;
@@ -15,19 +18,21 @@ use quinn_proto::crypto;
 
 use crate::app::ShardApp;
 use crate::clock::{Clock, SimClock};
-use crate::config::{CidConfig, CidKey, TransportConfig};
+use crate::config::{CidConfig, CidKey, HANDOFF_DATAGRAMS_MAX, TransportConfig};
 use crate::datapath::Datapath;
 use crate::datapath::sim::{EndpointId, SimDatapath, SimNode};
 use crate::engine::EngineShared;
 use crate::error::StartError;
 use crate::handles::HandleApp;
 use crate::metrics::{ShardCounters, ShardMetrics};
+use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings};
 
 pub use runner::{RunError, Sample, ScenarioRun, run_scenario};
+pub use shards::SimShards;
 
 /// What a simulated host is made of.
 pub struct SimHostConfig {
@@ -62,50 +67,32 @@ impl SimHost {
         setup: SimHostConfig,
         app: impl ShardApp,
     ) -> Result<Self, StartError> {
-        setup.config.validate()?;
-        let source = |source| StartError::System { what: "eventfd for a mailbox", source };
-        let mailbox = Mailbox::without_wait_times(setup.config.mailbox_capacity).map_err(source)?;
-        let mailboxes: Arc<[Mailbox]> = Arc::new([mailbox.clone()]);
-        let metrics = Arc::new(ShardMetrics::default());
-        let mut seed = [0; 32];
-        seed[..8].copy_from_slice(&setup.seed.to_le_bytes());
-        let cid = CidConfig {
-            key: Some(setup.config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]))),
-            ..setup.config.cid.clone()
+        let identity = QuicIdentity {
+            server: setup.server,
+            client: setup.client,
+            token_key: None,
+            reset_key: None,
+            tokens: Default::default(),
         };
-        let cids = Cids::new(CidTable::new(&cid, 1));
+        let siblings = siblings(&setup.config, 1, HANDOFF_DATAGRAMS_MAX)?;
+        let config = Arc::new(setup.config);
+        Ok(Self::shard(clock, datapath, config, identity, siblings, (0, setup.seed), app))
+    }
+
+    /// One shard of several, with its number and its seed.
+    fn shard(
+        clock: &SimClock,
+        datapath: SimDatapath,
+        config: Arc<TransportConfig>,
+        identity: QuicIdentity,
+        siblings: Siblings,
+        (shard, seed_number): (usize, u64),
+        app: impl ShardApp,
+    ) -> Self {
         let endpoint = datapath.id();
-        let proto = Protocol::new(
-            ProtocolSetup {
-                mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
-                config: Arc::new(setup.config),
-                identity: QuicIdentity {
-                    server: setup.server,
-                    client: setup.client,
-                    token_key: None,
-                    reset_key: None,
-                    tokens: Default::default(),
-                },
-                cids: cids.clone(),
-                shard: 0,
-                shards: 1,
-                metrics: metrics.clone(),
-                mailbox: mailbox.clone(),
-                seed,
-            },
-            clock.now(),
-        );
-        let shard = Shard::new(
-            datapath,
-            clock.clone(),
-            proto,
-            HandleApp::new(Arc::new(EngineShared::new(mailboxes.clone()))),
-            Some(Box::new(app)),
-            mailbox.clone(),
-            Siblings { mailboxes, cids },
-            metrics.clone(),
-        );
-        Ok(Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false })
+        let (shard, mailbox, metrics) =
+            shard_on(clock, datapath, config, identity, siblings, (shard, seed_number), app);
+        Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false }
     }
 
     /// Sends a message to the application; it is taken with the next turn.
@@ -157,6 +144,65 @@ impl SimHost {
     pub fn has_ended(&self) -> bool {
         self.ended
     }
+}
+
+type SimShard<D> = (Shard<D, SimClock>, Mailbox, Arc<ShardMetrics>);
+
+/// A shard over any datapath in virtual time.
+fn shard_on<D: Datapath>(
+    clock: &SimClock,
+    datapath: D,
+    config: Arc<TransportConfig>,
+    identity: QuicIdentity,
+    siblings: Siblings,
+    (shard, seed_number): (usize, u64),
+    app: impl ShardApp,
+) -> SimShard<D> {
+    let mailbox = siblings.mailboxes[shard].clone();
+    let metrics = Arc::new(ShardMetrics::default());
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&seed_number.to_le_bytes());
+    let setup = ProtocolSetup {
+        mtu_bytes: datapath.max_udp_payload(&datapath.local_addr()),
+        config,
+        identity,
+        cids: siblings.cids.clone(),
+        loads: siblings.loads.clone(),
+        shard,
+        shards: siblings.mailboxes.len(),
+        metrics: metrics.clone(),
+        mailbox: mailbox.clone(),
+        seed,
+    };
+    let shard = Shard::new(
+        datapath,
+        clock.clone(),
+        Protocol::new(setup, clock.now()),
+        HandleApp::new(Arc::new(EngineShared::new(siblings.mailboxes.clone()))),
+        Some(Box::new(app)),
+        mailbox.clone(),
+        siblings,
+        metrics.clone(),
+    );
+    (shard, mailbox, metrics)
+}
+
+/// Mailboxes and connection IDs of `shards` shards; without a key of its own, a fixed one.
+fn siblings(
+    config: &TransportConfig,
+    shards: usize,
+    handoff_datagrams: usize,
+) -> Result<Siblings, StartError> {
+    config.validate()?;
+    let source = |source| StartError::System { what: "eventfd for a mailbox", source };
+    let mailboxes: Arc<[Mailbox]> = (0..shards)
+        .map(|_| Mailbox::without_wait_times(config.mailbox_capacity, handoff_datagrams))
+        .collect::<std::io::Result<_>>()
+        .map_err(source)?;
+    let key = config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]));
+    let cid = CidConfig { key: Some(key), ..config.cid.clone() };
+    let cids = Cids::new(CidTable::new(&cid, shards));
+    Ok(Siblings { mailboxes, cids, loads: Loads::new(shards) })
 }
 
 impl SimNode for SimHost {

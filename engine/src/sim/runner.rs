@@ -130,15 +130,15 @@ pub fn run_scenario(scenario: &Scenario, seed: u64) -> Result<ScenarioRun, RunEr
     Ok(ScenarioRun { result, samples })
 }
 
-fn client_ip(flow: usize) -> Ipv6Addr {
+pub(super) fn client_ip(flow: usize) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, flow as u16 + 1)
 }
 
-fn server_ip(flow: usize) -> Ipv6Addr {
+pub(super) fn server_ip(flow: usize) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, flow as u16 + 1)
 }
 
-type Tls = (Arc<QuicServerConfig>, Arc<QuicClientConfig>);
+pub(super) type Tls = (Arc<QuicServerConfig>, Arc<QuicClientConfig>);
 /// Packets of each sender that the network dropped, MTU probes too large for it apart.
 type Drops = Rc<RefCell<HashMap<SocketAddrV6, u64>>>;
 
@@ -154,7 +154,7 @@ fn count_drops(network: &SimNetwork) -> Drops {
 }
 
 /// TLS of both ends over one certificate, every part of which has a fixed length.
-fn tls() -> Result<Tls, RunError> {
+pub(super) fn tls() -> Result<Tls, RunError> {
     let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519)?;
     let mut params = rcgen::CertificateParams::new(vec![SERVER_NAME.to_owned()])?;
     params.serial_number = Some(rcgen::SerialNumber::from(1_u64));
@@ -179,7 +179,7 @@ fn tls() -> Result<Tls, RunError> {
     Ok((Arc::new(server), Arc::new(client)))
 }
 
-fn transport_config(spec: &FlowSpec) -> TransportConfig {
+pub(super) fn transport_config(spec: &FlowSpec) -> TransportConfig {
     TransportConfig {
         congestion_control: match spec.cc {
             CongestionControlName::Bbr2 => CongestionControl::Bbr2,

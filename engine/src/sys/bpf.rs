@@ -1,4 +1,4 @@
-//! XDP links: the two commands of bpf(2) that aya does not give as they are
+//! XDP links: the three commands of bpf(2) that aya does not give as they are
 //! (Linux `Documentation/bpf`, `enum bpf_cmd`; Linux ≥ 5.9).
 //!
 //! aya attaches by netlink where the kernel refuses a link, and such an
@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
 /// `enum bpf_attach_type`.
@@ -63,6 +64,41 @@ pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
     let attr = LinkDetach { link_fd: attr_fd(link) };
     // SAFETY: LinkDetach is the beginning of union bpf_attr for this command.
     unsafe { bpf(BPF_LINK_DETACH, &attr) }.map(drop)
+}
+
+/// `union bpf_attr` as `BPF_OBJ_GET_INFO_BY_FD` reads it.
+#[repr(C)]
+struct GetInfo {
+    fd: u32,
+    info_bytes: u32,
+    info_address: u64,
+}
+
+/// The beginning of `struct bpf_link_info` for an XDP link.
+#[repr(C, align(8))]
+#[derive(Default)]
+struct XdpLinkInfo {
+    kind: u32,
+    id: u32,
+    program_id: u32,
+    _padding: u32,
+    ifindex: u32,
+    _padding_end: u32,
+}
+
+/// The interface that an XDP link is attached to; `None` once it was detached,
+/// by whomever, or the interface is gone.
+pub(crate) fn xdp_link_ifindex(link: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+    let mut info = XdpLinkInfo::default();
+    let attr = GetInfo {
+        fd: attr_fd(link),
+        info_bytes: size_of::<XdpLinkInfo>() as u32,
+        info_address: std::ptr::from_mut(&mut info) as u64,
+    };
+    // SAFETY: GetInfo is the beginning of union bpf_attr for this command; the address is that of
+    // `info_bytes` writable bytes, which outlive the call, and any bits are a valid XdpLinkInfo.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &attr) }?;
+    Ok(Some(info.ifindex).filter(|&ifindex| ifindex != 0))
 }
 
 fn attr_fd(fd: BorrowedFd<'_>) -> u32 {

@@ -8,10 +8,10 @@
 pub(crate) mod bpf;
 pub(crate) mod cursor;
 pub(crate) mod ethtool;
+pub(crate) mod ipsec_mb;
 pub(crate) mod mmap;
 pub(crate) mod numa;
 pub(crate) mod raw_array;
 pub(crate) mod udp;
-pub(crate) mod udp_receive;
 pub(crate) mod uring;
 pub(crate) mod xsk;

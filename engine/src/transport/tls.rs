@@ -48,6 +48,7 @@ pub(super) fn build(config: &TransportConfig) -> Result<BuiltTls, StartError> {
             .client_auth(auth)
             .require_post_quantum(tls.require_post_quantum)
             .early_data(config.zero_rtt)
+            .packet_crypto(config.crypto_provider)
             .key_log(tls.key_log)
             .build()
             .map_err(refused)?;
@@ -60,6 +61,7 @@ pub(super) fn build(config: &TransportConfig) -> Result<BuiltTls, StartError> {
             .trust(trust)
             .require_post_quantum(tls.require_post_quantum)
             .early_data(config.zero_rtt)
+            .packet_crypto(config.crypto_provider)
             .key_log(tls.key_log);
         if let Some(identity) = identity {
             client = client.identity(identity);

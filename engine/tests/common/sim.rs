@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use quinn_proto::crypto;
 use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use stoq::app::{ConnId, Incoming, ReadOutcome, ShardApp, ShardCx, WriteOutcome};
 use stoq::clock::SimClock;
@@ -301,6 +302,8 @@ pub struct PairConfig {
     pub client: TransportConfig,
     pub server: TransportConfig,
     pub interface_mtu: Option<u64>,
+    /// In place of [`tls`].
+    pub tls: Option<(Arc<dyn crypto::ServerConfig>, Arc<dyn crypto::ClientConfig>)>,
 }
 
 impl Default for PairConfig {
@@ -311,6 +314,7 @@ impl Default for PairConfig {
             client: TransportConfig::default(),
             server: TransportConfig::default(),
             interface_mtu: None,
+            tls: None,
         }
     }
 }
@@ -332,7 +336,10 @@ impl Pair {
             network.set_interface_mtu(client_path.id(), mtu);
             network.set_interface_mtu(server_path.id(), mtu);
         }
-        let (server_tls, client_tls) = tls();
+        let (server_tls, client_tls) = config.tls.unwrap_or_else(|| {
+            let (server, client) = tls();
+            (server, client)
+        });
         let (client_app, client_log) =
             TestApp::new(Plan { connect: client_plan.connect.or(Some(SERVER)), ..client_plan });
         let (server_app, server_log) = TestApp::new(server_plan);

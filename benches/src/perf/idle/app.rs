@@ -18,8 +18,9 @@ use stoq::{Dir, StreamId};
 const TICK: Duration = Duration::from_millis(1);
 /// Handshakes that one tick starts at most: a late tick must not become one long turn.
 const HANDSHAKES_PER_TICK_MAX: usize = 4;
-/// Handshakes of one shard under way at most.
-const HANDSHAKES_UNDER_WAY_MAX: usize = 512;
+/// Handshakes of one shard under way at most: a server that falls behind is waited for, or else
+/// the packets that end its handshakes would queue behind first flights until it gives them up.
+const HANDSHAKES_UNDER_WAY_MAX: usize = 64;
 /// Payload of a request's answer, bytes.
 const ANSWER_BYTES: u64 = 64;
 /// Failures that are told in words; further ones are counted.

@@ -32,6 +32,10 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections end unasked after so many missed keep-alives.
 const KEEP_ALIVES_PER_IDLE_TIMEOUT: u64 = 4;
 
+/// Largest UDP payload, as on a network: on the loopback each connection would else send a path
+/// MTU probe of 65 kB, and a few dozen of these fill a socket's receive buffer.
+const UDP_PAYLOAD_BYTES: u16 = 1452;
+
 /// Flags of the idle workload.
 #[derive(ClapArgs)]
 pub struct Args {
@@ -63,6 +67,12 @@ pub struct Args {
     trust: TrustArgs,
     #[command(flatten)]
     transport: TransportArgs,
+}
+
+impl Args {
+    fn udp_payload(&self) -> u16 {
+        self.transport.udp_payload.filter(|&bytes| bytes != 0).unwrap_or(UDP_PAYLOAD_BYTES)
+    }
 }
 
 fn rate(text: &str) -> Result<f64, String> {
@@ -146,9 +156,16 @@ fn start_server(args: &Args) -> anyhow::Result<Server> {
     let transport = &args.transport;
     let mut flags: Vec<String> = ["--listen", "[::1]:0", "--alpn", "perf"].map(Into::into).into();
     let mut flag = |name: &str, value: String| flags.extend([name.to_owned(), value]);
-    flag("--queues", transport.queues.to_string());
-    flag("--cc", transport.cc.name().to_owned());
-    flag("--datapath", transport.datapath.to_string());
+    if let Some(queues) = transport.queues {
+        flag("--queues", queues.to_string());
+    }
+    if let Some(cc) = transport.cc {
+        flag("--cc", cc.name().to_owned());
+    }
+    if let Some(datapath) = transport.datapath {
+        flag("--datapath", datapath.to_string());
+    }
+    flag("--udp-payload", args.udp_payload().to_string());
     flag("--idle-timeout-ms", (args.keep_alive_ms * KEEP_ALIVES_PER_IDLE_TIMEOUT).to_string());
     flag("--connections-max", args.connections.to_string());
     if let Some(spin_us) = transport.spin_us {
@@ -166,14 +183,16 @@ fn start_client(args: &Args, server: &Server, shared: &Arc<Shared>) -> anyhow::R
     trust.danger_insecure |= args.connect.is_none();
     let (peer, name) = (server.addr(), trust.name_of(&server.addr()));
     let mut config = args.transport.transport(trust.bind_addr(peer.scope_id()))?;
+    config.mtu_upper_bound_bytes = args.udp_payload();
     config.keep_alive_interval_ms = args.keep_alive_ms;
     config.idle_timeout_ms = args.keep_alive_ms * KEEP_ALIVES_PER_IDLE_TIMEOUT;
     config.connections_per_shard_max =
         config.connections_per_shard_max.max(args.connections.div_ceil(config.shards.max(1)));
     let (shared, seed) = (shared.clone(), args.seed);
+    let tls = tls::client(&trust, "perf", config.crypto_provider)?;
     let engine = Engine::builder()
         .config(config)
-        .client(tls::client(&trust, "perf")?.crypto())
+        .client(tls.crypto())
         .app(move |shard| IdleApp::new(peer, name.clone(), shared.clone(), seed, shard))
         .start()?;
     Ok(engine)

@@ -6,6 +6,8 @@
 //! renew    = 2 u8 │ csr bytes16                     authenticated by the current certificate
 //! issued   = 3 u8 │ count u8 │ count × bytes16      chain, leaf first
 //! refused  = 4 u8 │ code u8 │ reason bytes16        reason in UTF-8
+//! keys     = 5 u8                                   the service's shared secret, please
+//! secret   = 6 u8 │ secret bytes16                  for those whose certificates have the same names
 //! bytes16  = length u16 │ bytes
 //! ```
 //!
@@ -22,6 +24,8 @@ const ENROL: u8 = 1;
 const RENEW: u8 = 2;
 const ISSUED: u8 = 3;
 const REFUSED: u8 = 4;
+const KEYS: u8 = 5;
+const SECRET: u8 = 6;
 
 /// One message of either direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +47,13 @@ pub enum Message {
         /// DER certificates, leaf first.
         chain: Vec<Vec<u8>>,
     },
+    /// Asks for the secret that all machines with the same names share; authenticated as a renewal.
+    Keys,
+    /// The secret.
+    Secret {
+        /// For [`SharedKeys::from_secret`](crate::certs::SharedKeys::from_secret).
+        secret: Vec<u8>,
+    },
     /// No certificate.
     Refused {
         /// What kind of refusal.
@@ -62,13 +73,23 @@ pub enum RefusalCode {
     Refused,
     /// The request is broken.
     Invalid,
-    /// The token is unknown, used or expired, or the connection is not authenticated.
+    /// The connection is not authenticated by a current certificate.
     Unauthorized,
+    /// The token certified somebody already.
+    TokenSpent,
+    /// The token is unknown or expired.
+    TokenInvalid,
 }
 
 impl RefusalCode {
-    const ALL: [(Self, u8); 4] =
-        [(Self::Unavailable, 1), (Self::Refused, 2), (Self::Invalid, 3), (Self::Unauthorized, 4)];
+    const ALL: [(Self, u8); 6] = [
+        (Self::Unavailable, 1),
+        (Self::Refused, 2),
+        (Self::Invalid, 3),
+        (Self::Unauthorized, 4),
+        (Self::TokenSpent, 5),
+        (Self::TokenInvalid, 6),
+    ];
 
     fn to_byte(self) -> u8 {
         let found = Self::ALL.iter().find(|(code, _)| *code == self);
@@ -125,6 +146,11 @@ impl Message {
                     put_bytes16(&mut out, certificate)?;
                 }
             }
+            Self::Keys => out.push(KEYS),
+            Self::Secret { secret } => {
+                out.push(SECRET);
+                put_bytes16(&mut out, secret)?;
+            }
             Self::Refused { code, reason } => {
                 out.extend([REFUSED, code.to_byte()]);
                 put_bytes16(&mut out, reason.as_bytes())?;
@@ -136,6 +162,12 @@ impl Message {
         }
         out[..LENGTH_SIZE_BYTES].copy_from_slice(&(body_size_bytes as u32).to_be_bytes());
         Ok(out)
+    }
+
+    /// Whether a framed message is an enrolment, which a certificate would not help: it may have
+    /// expired.
+    pub(crate) fn is_enrolment(frame: &[u8]) -> bool {
+        frame.get(LENGTH_SIZE_BYTES) == Some(&ENROL)
     }
 
     /// Reads the body of a frame.
@@ -166,6 +198,8 @@ impl Message {
                 reason: String::from_utf8(take_bytes16(&mut rest)?.to_vec())
                     .map_err(|_| CodecError::Unknown)?,
             },
+            KEYS => Self::Keys,
+            SECRET => Self::Secret { secret: take_bytes16(&mut rest)?.to_vec() },
             _ => return Err(CodecError::Unknown),
         };
         if rest.is_empty() { Ok(message) } else { Err(CodecError::Trailing) }
@@ -237,6 +271,8 @@ mod tests {
             Message::Enrol { token: vec![1; 32], csr: vec![2; 300] },
             Message::Enrol { token: Vec::new(), csr: Vec::new() },
             Message::Renew { csr: vec![3; 300] },
+            Message::Keys,
+            Message::Secret { secret: vec![5; 64] },
             Message::Issued { chain: vec![vec![4; 700], Vec::new()] },
             Message::Issued { chain: Vec::new() },
             Message::Refused { code: RefusalCode::Unauthorized, reason: "näh".to_owned() },
@@ -247,6 +283,8 @@ mod tests {
     fn messages_round_trip_in_any_pieces() {
         for message in samples() {
             let frame = message.encode().unwrap();
+            let enrols = matches!(message, Message::Enrol { .. });
+            assert_eq!(Message::is_enrolment(&frame), enrols);
             for piece in [1, 2, 3, 7, frame.len()] {
                 let mut reader = FrameReader::default();
                 let mut found = None;

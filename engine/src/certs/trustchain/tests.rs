@@ -1,4 +1,8 @@
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
+
+use rustls_pki_types::CertificateDer;
 
 use super::*;
 use crate::certs::authority::key_and_request;
@@ -77,12 +81,17 @@ fn a_token_certifies_its_names_once() {
     let first = service.server.handle_request(&enrol, None);
     assert_eq!(peer(&first).certificate.names, names());
     let again = service.server.handle_request(&enrol, None);
-    assert_eq!(code(&again), RefusalCode::Unauthorized);
+    assert_eq!(code(&again), RefusalCode::TokenSpent);
     let forged = Message::Enrol { token: vec![0; 32], csr: csr() };
-    assert_eq!(code(&service.server.handle_request(&forged, None)), RefusalCode::Unauthorized);
+    assert_eq!(code(&service.server.handle_request(&forged, None)), RefusalCode::TokenInvalid);
     let late = Message::Enrol { token: service.token(), csr: csr() };
     service.clock.advance(HOUR + Duration::from_secs(1));
-    assert_eq!(code(&service.server.handle_request(&late, None)), RefusalCode::Unauthorized);
+    assert_eq!(code(&service.server.handle_request(&late, None)), RefusalCode::TokenInvalid);
+    let faults = service.server.faults();
+    assert_eq!(faults.count(CertificateFault::TokenSpent), 1);
+    assert_eq!(faults.count(CertificateFault::TokenInvalid), 2);
+    let counters = service.server.counters();
+    assert_eq!((counters.enrolled, counters.renewed, counters.refused), (1, 0, 3));
 }
 
 #[test]
@@ -100,7 +109,7 @@ fn a_token_buys_no_other_name_and_survives_only_an_absent_ca() {
     assert_eq!(code(&answer), RefusalCode::Refused);
     // A refusal spends it.
     let answer = service.server.handle_request(&enrol(csr()), None);
-    assert_eq!(code(&answer), RefusalCode::Unauthorized);
+    assert_eq!(code(&answer), RefusalCode::TokenSpent);
 }
 
 #[test]
@@ -190,6 +199,31 @@ fn a_restarted_node_with_a_spent_token_renews() {
     let (_key, csr) = key_and_request(&names).unwrap();
     let request = CertificateRequest { csr: &csr, names: &names };
     let error = authority.issue(&request).unwrap_err();
-    assert!(error.to_string().contains("used or expired"), "{error}");
+    assert!(matches!(error, CaError::TokenSpent), "{error}");
     authority.issue(&request).unwrap();
+}
+
+#[test]
+fn machines_with_the_same_names_share_a_secret() {
+    let service = Service::new();
+    let clock = service.clock.clone();
+    let keys = SharedKeys::from_secret(&[9; 64]).unwrap();
+    let server = TrustchainServer::new(service.ca.clone(), clock).with_fleet_keys(keys);
+    let enrolled = |name: &str| {
+        let names = IdentityNames::new().with_dns(name).unwrap();
+        let token = server.create_token(names.clone(), HOUR).unwrap();
+        let token = crate::certs::names::unhex(&token).unwrap();
+        let csr = key_and_request(&names).unwrap().1.to_vec();
+        peer(&server.handle_request(&Message::Enrol { token, csr }, None))
+    };
+    let secret = |peer: &PeerIdentity| server.handle_request(&Message::Keys, Some(peer));
+    let [one, two, other] = ["a.example", "a.example", "b.example"].map(enrolled);
+    assert_eq!(secret(&one), secret(&two));
+    assert_ne!(secret(&one), secret(&other));
+    assert!(matches!(secret(&one), Message::Secret { secret } if secret.len() == 64));
+    assert_eq!(code(&server.handle_request(&Message::Keys, None)), RefusalCode::Unauthorized);
+    assert_eq!(
+        code(&service.server.handle_request(&Message::Keys, Some(&one))),
+        RefusalCode::Refused
+    );
 }

@@ -6,6 +6,7 @@ use std::net::Ipv6Addr;
 use super::limits::LimitsError;
 use super::neighbors::NetlinkError;
 use super::program::ProgramError;
+use crate::datapath::udp_socket::SocketError;
 
 /// A step of opening an AF_XDP datapath failed.
 #[derive(Debug, thiserror::Error)]
@@ -124,16 +125,16 @@ pub enum AfXdpError {
         advice: String,
     },
     /// The kernel UDP socket that holds the port could not be set up.
-    #[error("slow-path UDP socket on [{address}]:{port}: {call}: {source}")]
+    #[error("slow-path UDP socket: {source}")]
     SlowPath {
-        /// The system call.
-        call: &'static str,
-        /// Local address.
-        address: Ipv6Addr,
-        /// Local port.
-        port: u16,
-        /// What it answered.
-        source: io::Error,
+        /// The reason.
+        source: SocketError,
+    },
+    /// The interface is down, or has no carrier.
+    #[error("interface {interface} is down: ip link set {interface} up, and check its other end")]
+    LinkDown {
+        /// Interface.
+        interface: String,
     },
     /// The XDP program could not be attached or configured.
     #[error("XDP program on interface {interface}: {source}")]

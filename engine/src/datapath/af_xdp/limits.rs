@@ -11,8 +11,8 @@ pub(super) const FRAMES_PER_PACKET_MAX: usize = 17;
 /// Sizes and bounds of one AF_XDP datapath (one per queue).
 ///
 /// Memory per queue: (`rx_frames` + `tx_frames`) × `frame_size_bytes`, by
-/// default 6144 × 4096 = 24 MiB, plus about 150 KiB for the rings, plus
-/// `slow_path_batch` × 64 KiB.
+/// default 6144 × 4096 = 24 MiB, plus about 150 KiB for the rings, plus the slow
+/// path's buffers: `slow_path_batch` × 64 KiB and 8 MiB for sending without the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AfXdpLimits {
@@ -46,7 +46,8 @@ pub struct AfXdpLimits {
     /// kernel gives up on a neighbour after three solicitations a second apart, and
     /// QUIC's retransmissions are worth more than a stale packet.
     pub pending_ms_max: u64,
-    /// Datagrams taken from the slow-path socket in one turn. Default 8.
+    /// Receive buffers of the slow-path socket, 64 KiB each, touched only when used. Default
+    /// 32, as of any socket: it carries everything while the device is gone.
     pub slow_path_batch: usize,
     /// Times that binding is tried again when the queue is busy, 10 ms apart.
     /// Default 100: the kernel closes a socket's queue asynchronously, within
@@ -67,7 +68,7 @@ impl Default for AfXdpLimits {
             tx_budget_frames: 256,
             pending_datagrams: 64,
             pending_ms_max: 1000,
-            slow_path_batch: 8,
+            slow_path_batch: 32,
             bind_retries: 100,
         }
     }

@@ -9,7 +9,8 @@
 //! * [`open_interface`] opens one [`AfXdp`] per queue; all share one attached
 //!   [`XdpProgram`], which leaves the interface with the last of them.
 //! * `rings` says who owns which frame when; `receive` and `transmit` move
-//!   packets; `socket` binds; `slow_path` holds the port.
+//!   packets; `socket` binds; `slow_path` holds the port; [`reopen`] opens one queue
+//!   again for a shard that went on with its slow path alone.
 //! * Nothing on the packet path allocates, locks or logs; the exceptions are
 //!   datagrams that wait for a neighbour (`pending`).
 //!
@@ -36,7 +37,8 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::net::SocketAddrV6;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -46,9 +48,10 @@ use self::neighbors::{LinkEvent, Neighbors, Resolution};
 use self::pending::{PendingQueue, Waiting};
 use self::program::{AttachMode, ProgramError, XdpCounters, XdpProgram};
 use self::receive::Receiver;
-use self::slow_path::SlowPath;
 use self::socket::XskSocket;
 use self::transmit::{Flushed, Transmitter};
+use super::failover::Primary;
+use super::socket::SocketDatapath;
 use super::{
     Capabilities, Datapath, DatapathCounters, DatapathEvent, RxBatch, TxDrop, TxMeta, TxVerdict,
 };
@@ -57,6 +60,7 @@ use crate::wire::IP_OVERHEAD_BYTES;
 
 pub use self::error::AfXdpError;
 pub use self::limits::{AfXdpLimits, LimitsError};
+pub(crate) use self::open::reopen;
 pub use self::open::{AfXdpConfig, open_interface};
 pub use self::socket::ZeroCopy;
 
@@ -103,6 +107,9 @@ pub struct RingCounters {
 /// What all datapaths of one interface share: the attached program.
 struct Interface {
     name: String,
+    ifindex: u32,
+    /// The program was seen to have left the interface without us. Relaxed: it guards nothing.
+    detached: AtomicBool,
     /// Locked when a datapath opens or closes and when counters are read; never per packet.
     program: Mutex<XdpProgram>,
 }
@@ -133,6 +140,20 @@ impl InterfaceHandle {
         self.0.upgrade().map(|interface| interface.program().counters())
     }
 
+    /// Asks the kernel whether the program is still attached, and lets the interface's datapaths
+    /// know, within their upkeep's interval, when it is not.
+    pub(crate) fn check_attached(&self) {
+        let Some(interface) = self.0.upgrade() else { return };
+        let attached = interface.program().is_attached();
+        match attached {
+            Ok(true) => {}
+            Ok(false) => interface.detached.store(true, Relaxed),
+            Err(error) => {
+                tracing::debug!(interface = interface.name, %error, "the XDP link does not answer");
+            }
+        }
+    }
+
     /// How the XDP program is attached, or `None` after the last datapath of the interface is gone.
     #[must_use]
     pub fn attach_mode(&self) -> Option<AttachMode> {
@@ -147,7 +168,9 @@ pub struct AfXdp {
     receiver: Receiver,
     transmitter: Transmitter,
     neighbors: Neighbors,
-    slow_path: SlowPath,
+    /// `None`: it carries the shard alone, or will be given back soon, or has failed.
+    slow_path: Option<SocketDatapath>,
+    local: SocketAddrV6,
     pending: PendingQueue,
     interface: Arc<Interface>,
     queue: u32,
@@ -216,6 +239,9 @@ impl AfXdp {
         if due {
             self.next_upkeep = now + UPKEEP_INTERVAL;
             self.read_statistics();
+            if self.interface.detached.load(Relaxed) {
+                self.fail("XDP program", &io::Error::other("somebody else has detached it"));
+            }
         }
         let generation = self.neighbors.generation();
         if !self.pending.is_empty() && (due || generation != self.pending_generation) {
@@ -275,10 +301,15 @@ impl AfXdp {
         if !self.slow_path_ready && self.turns_since_slow_path < SLOW_PATH_TURNS {
             return;
         }
+        let Some(slow_path) = &mut self.slow_path else { return };
         self.turns_since_slow_path = 0;
-        match self.slow_path.receive(batch, &mut self.counters) {
-            Ok(perhaps_more) => self.slow_path_ready = perhaps_more,
-            Err(error) => self.fail("recvmmsg on the slow-path socket", &error),
+        let before = slow_path.counters().rx_datagrams;
+        slow_path.receive(self.now, batch);
+        self.slow_path_ready = batch.is_full();
+        self.counters.rx_slow_path += slow_path.counters().rx_datagrams - before;
+        if let Some(DatapathEvent::Failed(reason)) = slow_path.poll_event() {
+            self.slow_path = None;
+            self.fail("slow path", &io::Error::other(reason));
         }
     }
 
@@ -349,7 +380,7 @@ impl Datapath for AfXdp {
     }
 
     fn local_addr(&self) -> SocketAddrV6 {
-        self.slow_path.local_addr()
+        self.local
     }
 
     fn receive(&mut self, now: Instant, batch: &mut RxBatch) {
@@ -431,10 +462,16 @@ impl Datapath for AfXdp {
     }
 
     fn wait(&mut self, wake: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<()> {
+        if !self.events.is_empty() {
+            return Ok(());
+        }
         let bound = self.wait_bound(timeout);
+        // Without a slow path its place is taken by a descriptor that is watched anyway.
+        let slow_path = self.slow_path.as_ref().map(SocketDatapath::udp_socket);
+        let slow_path = slow_path.unwrap_or_else(|| self.neighbors.fd());
         let mut fds = [
             PollFd::new(&self.socket, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.slow_path.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(slow_path, PollFlags::IN),
             PollFd::from_borrowed_fd(self.neighbors.fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(wake, PollFlags::IN),
         ];
@@ -460,10 +497,28 @@ impl Datapath for AfXdp {
     }
 
     fn counters(&self) -> DatapathCounters {
-        DatapathCounters {
+        let mut counters = DatapathCounters {
             rx_drop_overrun: self.statistics.rx_dropped + self.statistics.rx_ring_full,
             ..self.counters
+        };
+        if let Some(slow_path) = &self.slow_path {
+            counters.add(&slow_path.counters());
         }
+        counters
+    }
+}
+
+impl Primary for AfXdp {
+    type Standby = SocketDatapath;
+
+    fn take_standby(&mut self) -> Option<SocketDatapath> {
+        self.slow_path.take()
+    }
+
+    fn give_standby(&mut self, mut standby: SocketDatapath) {
+        standby.discard_unsent();
+        self.slow_path = Some(standby);
+        self.slow_path_ready = true;
     }
 }
 

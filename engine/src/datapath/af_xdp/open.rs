@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::fs;
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::AsFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,11 +19,12 @@ use super::neighbors::Neighbors;
 use super::pending::PendingQueue;
 use super::program::{AttachMode, XdpProgram};
 use super::receive::Receiver;
-use super::slow_path::{SlowPath, is_ipv4};
+use super::slow_path::{self, is_ipv4};
 use super::socket::{Binding, XskSocket, ZeroCopy};
 use super::transmit::Transmitter;
-use super::{AfXdp, Interface, payload_max};
-use crate::datapath::{Capabilities, DatapathCounters, DatapathKind};
+use super::{AfXdp, Interface, InterfaceHandle, payload_max};
+use crate::datapath::socket::SocketDatapath;
+use crate::datapath::{Capabilities, Datapath, DatapathCounters, DatapathKind};
 use crate::sys::ethtool;
 use crate::sys::xsk::Statistics;
 
@@ -89,27 +91,20 @@ pub fn open_interface(config: &AfXdpConfig) -> Result<Vec<AfXdp>, AfXdpError> {
         let first = neighbors.first().expect("at least one queue, checked above");
         (first.mtu(), check_address(config, first.addresses(), ifindex)?)
     };
-    let slow_paths = SlowPath::open(local, config.queues.len(), config.limits.slow_path_batch)?;
+    let slow_paths = slow_path::open(local, config.queues.len(), config.limits.slow_path_batch)?;
     let sockets = config
         .queues
         .iter()
-        .map(|&queue| {
-            XskSocket::bind(&Binding {
-                interface: &config.interface,
-                ifindex,
-                queue,
-                mtu_bytes,
-                zero_copy: config.zero_copy,
-                limits: &config.limits,
-            })
-        })
+        .map(|&queue| bind(config, ifindex, queue, mtu_bytes))
         .collect::<Result<Vec<_>, _>>()?;
     let port = slow_paths[0].local_addr().port();
-    let interface = attach(config, ifindex, port, &sockets)?;
+    let bound: Vec<_> = config.queues.iter().copied().zip(&sockets).collect();
+    let interface = attach(config, ifindex, port, &bound)?;
     let opened = neighbors.into_iter().zip(slow_paths).zip(sockets).zip(&config.queues);
     let opened: Vec<_> = opened
         .map(|(((neighbors, slow_path), socket), &queue)| {
-            let parts = Parts { neighbors, slow_path, socket, queue };
+            let local = slow_path.local_addr();
+            let parts = Parts { neighbors, slow_path: Some(slow_path), local, socket, queue };
             assemble(config, ifindex, &interface, parts)
         })
         .collect();
@@ -124,6 +119,64 @@ pub fn open_interface(config: &AfXdpConfig) -> Result<Vec<AfXdp>, AfXdpError> {
         );
     }
     Ok(opened)
+}
+
+/// Opens one queue of an interface again, which may be another one of the same name, for a shard
+/// that holds the port `config.local` already; the datapath lacks its slow path, which the shard
+/// gives to it. `shared` is the program that the interface's other queues use, if any does: it is
+/// joined where it is still on this interface, and replaced by a new one otherwise.
+///
+/// Blocks for some milliseconds, and up to a second while the queue or the interface is busy.
+///
+/// # Errors
+/// See [`AfXdpError`]; nothing stays open or attached.
+pub(crate) fn reopen(
+    config: &AfXdpConfig,
+    queue: u32,
+    shared: &InterfaceHandle,
+) -> Result<AfXdp, AfXdpError> {
+    let config = &AfXdpConfig { queues: vec![queue], ..config.clone() };
+    let ifindex = check_request(config)?;
+    let neighbors = open_neighbors(config, ifindex)?;
+    if !neighbors.link_up() {
+        return Err(AfXdpError::LinkDown { interface: config.interface.clone() });
+    }
+    let local = check_address(config, neighbors.addresses(), ifindex)?;
+    let socket = bind(config, ifindex, queue, neighbors.mtu())?;
+    let interface = match shared.0.upgrade().filter(|shared| shared.can_be_joined(ifindex)) {
+        Some(shared) => {
+            shared.program().set_socket(queue, socket.as_fd()).map_err(|source| {
+                AfXdpError::Program { interface: config.interface.clone(), source }
+            })?;
+            shared
+        }
+        None => attach(config, ifindex, local.port(), &[(queue, &socket)])?,
+    };
+    let parts = Parts { neighbors, slow_path: None, local, socket, queue };
+    Ok(assemble(config, ifindex, &interface, parts))
+}
+
+impl Interface {
+    /// Whether the program is still on the interface with this index.
+    fn can_be_joined(&self, ifindex: u32) -> bool {
+        self.ifindex == ifindex && matches!(self.program().is_attached(), Ok(true))
+    }
+}
+
+fn bind(
+    config: &AfXdpConfig,
+    ifindex: u32,
+    queue: u32,
+    mtu_bytes: u32,
+) -> Result<XskSocket, AfXdpError> {
+    XskSocket::bind(&Binding {
+        interface: &config.interface,
+        ifindex,
+        queue,
+        mtu_bytes,
+        zero_copy: config.zero_copy,
+        limits: &config.limits,
+    })
 }
 
 /// Checks what the configuration says against itself and the machine; the interface's index.
@@ -211,18 +264,23 @@ fn attach(
     config: &AfXdpConfig,
     ifindex: u32,
     port: u16,
-    sockets: &[XskSocket],
+    sockets: &[(u32, &XskSocket)],
 ) -> Result<Arc<Interface>, AfXdpError> {
     let failed = |source| AfXdpError::Program { interface: config.interface.clone(), source };
     let mut program =
         XdpProgram::attach(ifindex, &config.interface, config.attach_mode, config.allow_skb_mode)
             .map_err(failed)?;
-    for (&queue, socket) in config.queues.iter().zip(sockets) {
+    for &(queue, socket) in sockets {
         program.set_socket(queue, socket.as_fd()).map_err(failed)?;
     }
     let address = Some(*config.local.ip()).filter(|address| !address.is_unspecified());
     program.register_port(port, address).map_err(failed)?;
-    Ok(Arc::new(Interface { name: config.interface.clone(), program: Mutex::new(program) }))
+    Ok(Arc::new(Interface {
+        name: config.interface.clone(),
+        ifindex,
+        detached: AtomicBool::new(false),
+        program: Mutex::new(program),
+    }))
 }
 
 /// Whether the interface computes UDP checksums of sent packets when asked to by TX metadata.
@@ -236,18 +294,19 @@ fn checksum_offload(socket: &XskSocket) -> bool {
 
 struct Parts {
     neighbors: Neighbors,
-    slow_path: SlowPath,
+    slow_path: Option<SocketDatapath>,
+    local: SocketAddrV6,
     socket: XskSocket,
     queue: u32,
 }
 
 fn assemble(config: &AfXdpConfig, ifindex: u32, interface: &Arc<Interface>, parts: Parts) -> AfXdp {
-    let Parts { neighbors, slow_path, socket, queue } = parts;
+    let Parts { neighbors, slow_path, local, socket, queue } = parts;
     let limits = &config.limits;
     let now = Instant::now();
     let offload = config.checksum_offload && checksum_offload(&socket);
     let transmitter = Transmitter::new(
-        slow_path.local_addr().port(),
+        local.port(),
         limits.frame_size_bytes,
         socket.multi_buffer,
         socket.zero_copy,
@@ -263,7 +322,7 @@ fn assemble(config: &AfXdpConfig, ifindex: u32, interface: &Arc<Interface>, part
     }
     let patience = Duration::from_millis(limits.pending_ms_max);
     AfXdp {
-        receiver: Receiver::new(slow_path.local_addr(), ifindex),
+        receiver: Receiver::new(local, ifindex),
         payload_max: payload_max(neighbors.mtu(), &transmitter),
         link_up: neighbors.link_up(),
         pending_generation: neighbors.generation(),
@@ -275,6 +334,7 @@ fn assemble(config: &AfXdpConfig, ifindex: u32, interface: &Arc<Interface>, part
             mode,
             interface: Some(config.interface.clone()),
             queue: Some(queue),
+            standby_reason: None,
         },
         counters: DatapathCounters::default(),
         statistics: Statistics::default(),
@@ -289,5 +349,6 @@ fn assemble(config: &AfXdpConfig, ifindex: u32, interface: &Arc<Interface>, part
         transmitter,
         neighbors,
         slow_path,
+        local,
     }
 }

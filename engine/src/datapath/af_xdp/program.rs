@@ -160,6 +160,15 @@ impl XdpProgram {
         self.mode
     }
 
+    /// Whether the program is still on its interface: anybody with `CAP_NET_ADMIN` may detach it,
+    /// and it goes with the interface.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn is_attached(&self) -> io::Result<bool> {
+        bpf::xdp_link_ifindex(self.link.as_fd()).map(|ifindex| ifindex.is_some())
+    }
+
     /// Declares UDP packets to `port` ours: at `addr`, or with `None` (or `::`)
     /// at every unicast address. Those of a queue without a
     /// [socket](Self::set_socket) are passed to the kernel. Repeating it

@@ -83,6 +83,7 @@ impl IoUringDatapath {
             mode: mode_name(socket.gso(), socket.gro()).to_owned(),
             interface: None,
             queue: None,
+            standby_reason: None,
         };
         let slots = config.tx_batches;
         Ok(Self {

@@ -148,7 +148,8 @@ impl SimDatapath {
     pub(super) fn new(network: Rc<RefCell<Network>>, id: EndpointId, local: SocketAddrV6) -> Self {
         let mode = "virtual time".to_owned();
         let kind = DatapathKind::Sim;
-        let capabilities = Capabilities { kind, mode, interface: None, queue: None };
+        let capabilities =
+            Capabilities { kind, mode, interface: None, queue: None, standby_reason: None };
         Self { network, id, local, capabilities }
     }
 

@@ -4,10 +4,11 @@
 //! Invariant: a packet of the pool is in exactly one place — a port's TX ring or
 //! receive queue, a hop, or an arrival event — and is released when it leaves the last.
 
+use std::hash::{Hash as _, Hasher as _};
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::time::Duration;
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHasher};
 
 use super::endpoint::Endpoint;
 use super::hop::Hop;
@@ -34,6 +35,8 @@ pub(super) struct Network {
     pub(super) access: FxHashMap<Ipv6Addr, (HopId, HopId)>,
     pub(super) endpoints: Vec<Option<Endpoint>>,
     pub(super) by_public: FxHashMap<(Ipv6Addr, u16), EndpointId>,
+    /// Ports with more than one receive queue: all of them, the one in `by_public` first.
+    pub(super) queues: FxHashMap<EndpointId, Vec<EndpointId>>,
     pub(super) packets: PacketPool,
     pub(super) events: EventQueue,
     pub(super) digest: EventDigest,
@@ -53,6 +56,7 @@ impl Network {
             access: FxHashMap::default(),
             endpoints: Vec::new(),
             by_public: FxHashMap::default(),
+            queues: FxHashMap::default(),
             packets: PacketPool::default(),
             events: EventQueue::default(),
             digest: EventDigest::default(),
@@ -91,9 +95,42 @@ impl Network {
         id
     }
 
+    /// One more queue of the port `first`.
+    pub(super) fn open_queue(&mut self, first: EndpointId) -> EndpointId {
+        let id = EndpointId(u32::try_from(self.endpoints.len()).expect("under 2^32 ports"));
+        let endpoint = Endpoint::new(self.endpoint(first).local);
+        self.endpoints.push(Some(endpoint));
+        self.queues.entry(first).or_insert_with(|| vec![first]).push(id);
+        id
+    }
+
+    /// The queue of a port that packets from `from` arrive by: a hash decides, as a NIC's does.
+    fn queue(&self, first: EndpointId, from: &SocketAddrV6) -> EndpointId {
+        let Some(queues) = self.queues.get(&first) else { return first };
+        let mut hasher = FxHasher::default();
+        key(from).hash(&mut hasher);
+        // The upper half: the lower bits of this hash keep patterns of the port.
+        queues[(hasher.finish() >> 32) as usize % queues.len()]
+    }
+
     pub(super) fn close(&mut self, id: EndpointId) {
         let endpoint = self.endpoints[id.0 as usize].take().expect("closed once, by its datapath");
-        self.by_public.remove(&key(&endpoint.public));
+        for queues in self.queues.values_mut() {
+            queues.retain(|queue| *queue != id);
+        }
+        let place = key(&endpoint.public);
+        if self.by_public.get(&place) == Some(&id) {
+            // The port lives on with its other queues.
+            match self.queues.remove(&id).filter(|queues| !queues.is_empty()) {
+                Some(queues) => {
+                    self.by_public.insert(place, queues[0]);
+                    self.queues.insert(queues[0], queues);
+                }
+                None => {
+                    self.by_public.remove(&place);
+                }
+            }
+        }
         for packet in endpoint.into_packets() {
             self.packets.release(packet);
         }
@@ -254,6 +291,7 @@ impl Network {
             self.unreachable += 1;
             return self.drop_one(now_ns, packet, Fate::DroppedUnreachable);
         };
+        let id = self.queue(id, &self.packets[packet].from);
         if !self.endpoint_mut(id).deliver(packet) {
             return self.drop_one(now_ns, packet, Fate::DroppedOverrun);
         }

@@ -21,6 +21,7 @@ use super::fabric::{Link, Network};
 use super::link::{LinkConfig, LinkConfigError, LinkCounters, LinkPlan, MTU_MAX};
 use super::log::PacketEvent;
 use crate::clock::SimClock;
+use crate::datapath::Datapath as _;
 
 /// The MTU of a host's interface unless set otherwise: Ethernet's.
 pub const INTERFACE_MTU_DEFAULT: u64 = 1500;
@@ -80,7 +81,7 @@ pub enum Direction {
 }
 
 /// Names a [`SimDatapath`] of a [`SimNetwork`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EndpointId(pub(super) u32);
 
 /// A handle on an in-memory network; clones share it.
@@ -149,6 +150,18 @@ impl SimNetwork {
     pub fn open(&self, address: SocketAddrV6) -> SimDatapath {
         let id = self.borrow_mut().open(address);
         SimDatapath::new(Rc::clone(&self.inner), id, address)
+    }
+
+    /// Opens one more receive queue of an open port: a hash of the sender's address and port decides
+    /// which queue a packet arrives by, as a NIC with several does. Each may send. Give the port
+    /// itself away by dropping its first datapath last.
+    ///
+    /// # Panics
+    /// If the port is closed.
+    #[must_use]
+    pub fn open_queue(&self, port: &SimDatapath) -> SimDatapath {
+        let id = self.borrow_mut().open_queue(port.id());
+        SimDatapath::new(Rc::clone(&self.inner), id, port.local_addr())
     }
 
     /// Changes the MTU of the interface beneath a port; its shard is told by

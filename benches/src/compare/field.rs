@@ -1,0 +1,138 @@
+//! Where a run takes place: loopback, a veth pair of its own, or a NIC towards another machine.
+
+use std::net::{Ipv6Addr, SocketAddrV6};
+use std::process::Command;
+
+use anyhow::Context;
+
+use crate::netns::{End, PairOptions, VethPair};
+use crate::proc;
+
+/// The server's port.
+const PORT: u16 = 4433;
+
+/// The link of a comparison.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkKind {
+    /// The loopback interface.
+    Lo,
+    /// A veth pair between two namespaces.
+    Veth,
+    /// A NIC, with `stoq serve` on another machine.
+    Nic {
+        /// The interface here.
+        interface: String,
+        /// The server there.
+        connect: SocketAddrV6,
+    },
+}
+
+impl LinkKind {
+    /// Its name in tables.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Lo => "lo",
+            Self::Veth => "veth",
+            Self::Nic { interface, .. } => interface,
+        }
+    }
+}
+
+/// A link that is up.
+pub enum Field {
+    /// In this namespace.
+    Here {
+        /// The server.
+        server: SocketAddrV6,
+        /// The interface, for AF_XDP.
+        interface: Option<String>,
+    },
+    /// Over a veth pair, which ends with this value.
+    Pair(VethPair),
+}
+
+impl Field {
+    /// Sets the link up for one run. `per_packet`: AF_XDP is at work, checksums must be complete;
+    /// `wire`: nothing may merge or split packets on the way.
+    pub fn open(kind: &LinkKind, mtu: u32, per_packet: bool, wire: bool) -> anyhow::Result<Self> {
+        match kind {
+            LinkKind::Lo => {
+                let server = SocketAddrV6::new(Ipv6Addr::LOCALHOST, free_port()?, 0, 0);
+                Ok(Self::Here { server, interface: None })
+            }
+            LinkKind::Nic { interface, connect } => {
+                Ok(Self::Here { server: *connect, interface: Some(interface.clone()) })
+            }
+            LinkKind::Veth => {
+                let options = PairOptions { mtu, queues: 1, tx_checksum_offload: !per_packet };
+                let pair = VethPair::create(&std::process::id().to_string(), options)?;
+                for end in [&pair.client, &pair.server].into_iter().filter(|_| wire) {
+                    one_by_one(end)?;
+                }
+                Ok(Self::Pair(pair))
+            }
+        }
+    }
+
+    /// The server's address.
+    #[must_use]
+    pub fn server_addr(&self) -> SocketAddrV6 {
+        match self {
+            Self::Here { server, .. } => *server,
+            Self::Pair(pair) => SocketAddrV6::new(pair.server.address, PORT, 0, 0),
+        }
+    }
+
+    /// The interface of the client's end and of the server's.
+    #[must_use]
+    pub fn interfaces(&self) -> [Option<String>; 2] {
+        match self {
+            Self::Here { interface, .. } => [interface.clone(), interface.clone()],
+            Self::Pair(pair) => {
+                [Some(pair.client.interface.clone()), Some(pair.server.interface.clone())]
+            }
+        }
+    }
+
+    /// `command` where the client runs.
+    #[must_use]
+    pub fn client_side(&self, command: Command) -> Command {
+        match self {
+            Self::Here { .. } => command,
+            Self::Pair(pair) => inside(&pair.client, &command),
+        }
+    }
+
+    /// `command` where the server runs.
+    #[must_use]
+    pub fn server_side(&self, command: Command) -> Command {
+        match self {
+            Self::Here { .. } => command,
+            Self::Pair(pair) => inside(&pair.server, &command),
+        }
+    }
+}
+
+/// `ip netns exec` becomes the program itself: its process ID stays the same.
+fn inside(end: &End, command: &Command) -> Command {
+    let mut inside = end.command(command.get_program());
+    inside.args(command.get_args());
+    inside
+}
+
+/// Switches off what carries many packets as one: each crosses alone, as on a wire.
+fn one_by_one(end: &End) -> anyhow::Result<()> {
+    let ethtool = proc::find_program("ethtool").context("--wire needs ethtool")?;
+    for feature in ["tso", "gso", "gro"] {
+        proc::output(end.command(&ethtool).args(["-K", &end.interface, feature, "off"]))
+            .with_context(|| format!("cannot switch {feature} off"))?;
+    }
+    Ok(())
+}
+
+/// A UDP port of loopback that nobody has now.
+fn free_port() -> anyhow::Result<u16> {
+    let socket = std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).context("a free port")?;
+    Ok(socket.local_addr()?.port())
+}

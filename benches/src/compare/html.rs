@@ -1,0 +1,264 @@
+//! The report as one HTML file: tables and inline SVG, nothing to load.
+
+use std::fmt::Write as _;
+
+use super::Report;
+use super::summary::Row;
+use super::table;
+use super::workload::Unit;
+
+/// Width of a plot, pixels.
+const WIDTH: f64 = 760.0;
+/// Width of the labels beside the bars.
+const LABELS: f64 = 140.0;
+/// Height of a bar and its gap.
+const BAR: f64 = 26.0;
+/// Height of a latency plot.
+const CURVE_HEIGHT: f64 = 320.0;
+/// Colours of curves, told apart by most eyes.
+const COLOURS: [&str; 8] =
+    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933"];
+const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;\
+    padding:0 1rem}table{border-collapse:collapse;width:100%;font-size:14px}td,th{border-bottom:\
+    1px solid #ccc;padding:.2rem .5rem;text-align:right}td:first-child,th:first-child{text-align:\
+    left}svg{max-width:100%;height:auto}text{font:13px system-ui,sans-serif}.stoq{font-weight:600}";
+
+/// Text as HTML shows it.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// The whole file.
+#[must_use]
+pub fn page(report: &Report) -> String {
+    let mut out = String::new();
+    let title = format!("STOQ compared over {}", report.link);
+    let head = format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
+         content=\"width=device-width\"><title>{0}</title><style>{STYLE}</style></head><body>\n\
+         <h1>{0}</h1>\n<p>{1}.</p>\n<p>{2}</p>\n<p><code>{3}</code></p>\n",
+        escape(&title),
+        escape(&report.machine.to_string()),
+        escape(&report.conditions()),
+        escape(&report.command),
+    );
+    out.push_str(&head);
+    let mut workloads: Vec<&str> = report.rows.iter().map(|row| row.workload.as_str()).collect();
+    workloads.dedup();
+    for workload in workloads {
+        let rows: Vec<&Row> = report.rows.iter().filter(|row| row.workload == workload).collect();
+        section(&mut out, workload, &rows);
+    }
+    out.push_str("<h2>Settings</h2><ul>");
+    for (stack, settings) in &report.settings {
+        add(&mut out, format_args!("<li><b>{}</b>: {}</li>", escape(stack), escape(settings)));
+    }
+    for absent in &report.absent {
+        add(&mut out, format_args!("<li>{}</li>", escape(absent)));
+    }
+    out.push_str("</ul>\n");
+    if let Some(doctor) = &report.doctor {
+        let pretty = serde_json::to_string_pretty(doctor).unwrap_or_else(|error| error.to_string());
+        add(&mut out, format_args!("<h2>Doctor</h2><pre>{}</pre>\n", escape(&pretty)));
+    }
+    out.push_str("</body></html>\n");
+    out
+}
+
+fn add(out: &mut String, text: std::fmt::Arguments<'_>) {
+    // Writing to a String cannot fail.
+    let _infallible = out.write_fmt(text);
+}
+
+fn section(out: &mut String, workload: &str, rows: &[&Row]) {
+    add(out, format_args!("<h2>{}</h2>\n", escape(workload)));
+    let unit = rows[0].unit;
+    let rates = |row: &Row| row.rate.map(|rate| rate.median);
+    let what = if unit == Unit::GoodputBps { "Goodput" } else { "Operations a second" };
+    bars(out, what, rows, rates, |value| table::rate(unit, value));
+    if unit == Unit::GoodputBps {
+        let what = "CPU seconds of both ends per GB (less is better)";
+        bars(out, what, rows, |row| row.cpu_s_per_gb, |value| format!("{value:.2}"));
+    }
+    if rows.iter().any(|row| row.latency_us.is_some()) {
+        curves(out, rows);
+    }
+    out.push_str(
+        "<table><tr><th>stack</th><th>median</th><th>min</th><th>max</th><th>STOQ is</th>\
+         <th>CPU s/GB</th><th>p50 µs</th><th>p99 µs</th><th>p99.9 µs</th><th>runs</th><th></th></tr>\n",
+    );
+    for row in rows {
+        let cell = |value: Option<f64>, digits: usize| {
+            value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
+        };
+        let rate = |value: Option<f64>| {
+            value.map_or_else(|| "–".to_owned(), |value| table::rate(unit, value))
+        };
+        add(
+            out,
+            format_args!(
+                "<tr class=\"{}\"><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>\
+                 <td>{}</td><td>{}</td><td>{}</td><td>{}{}</td><td>{}</td></tr>\n",
+                if row.is_stoq { "stoq" } else { "" },
+                escape(&row.stack),
+                rate(row.rate.map(|spread| spread.median)),
+                rate(row.rate.map(|spread| spread.min)),
+                rate(row.rate.map(|spread| spread.max)),
+                cell(row.stoq_is, 2),
+                cell(row.cpu_s_per_gb, 2),
+                cell(row.latency_us.map(|us| us.p50), 0),
+                cell(row.latency_us.map(|us| us.p99), 0),
+                cell(row.latency_us.map(|us| us.p999), 0),
+                row.runs,
+                if row.near || row.runs == 0 { "" } else { " far" },
+                escape(row.note.as_deref().unwrap_or_default()),
+            ),
+        );
+    }
+    out.push_str("</table>\n");
+}
+
+/// A horizontal bar for each row that has a value; whiskers are left to the table.
+fn bars(
+    out: &mut String,
+    what: &str,
+    rows: &[&Row],
+    value: impl Fn(&Row) -> Option<f64>,
+    label: impl Fn(f64) -> String,
+) {
+    let values: Vec<(&Row, f64)> =
+        rows.iter().filter_map(|row| Some((*row, value(row)?))).collect();
+    let Some(largest) = values.iter().map(|(_, value)| *value).max_by(f64::total_cmp) else {
+        return;
+    };
+    let height = BAR * values.len() as f64 + 8.0;
+    add(
+        out,
+        format_args!(
+            "<h3>{}</h3><svg role=\"img\" aria-label=\"{}\" viewBox=\"0 0 {WIDTH} {height}\" \
+             width=\"{WIDTH}\" height=\"{height}\">\n",
+            escape(what),
+            escape(what)
+        ),
+    );
+    let room = WIDTH - LABELS - 110.0;
+    for (index, (row, value)) in values.iter().enumerate() {
+        let y = BAR * index as f64 + 4.0;
+        let length = if largest > 0.0 { room * value / largest } else { 0.0 };
+        add(
+            out,
+            format_args!(
+                "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text><rect x=\"{LABELS}\" y=\"{y}\" \
+                 width=\"{length:.1}\" height=\"{}\" fill=\"{}\"/><text x=\"{:.1}\" y=\"{}\">{}</text>\n",
+                LABELS - 8.0,
+                y + 14.0,
+                escape(&row.stack),
+                BAR - 8.0,
+                if row.is_stoq { COLOURS[0] } else { "#999" },
+                LABELS + length + 6.0,
+                y + 14.0,
+                escape(&label(*value)),
+            ),
+        );
+    }
+    out.push_str("</svg>\n");
+}
+
+/// Latency at the quantiles, on a logarithmic axis: a line for each row.
+fn curves(out: &mut String, rows: &[&Row]) {
+    let lines: Vec<(&Row, [f64; 3])> = rows
+        .iter()
+        .filter_map(|row| row.latency_us.map(|us| (*row, [us.p50, us.p99, us.p999])))
+        .collect();
+    let all = || lines.iter().flat_map(|(_, points)| points.map(|us| us.max(0.1).log10()));
+    let low = all().fold(f64::INFINITY, f64::min).floor();
+    let high = all().fold(f64::NEG_INFINITY, f64::max).ceil().max(low + 1.0);
+    let (left, right, top, bottom) = (70.0, WIDTH - 150.0, 12.0, CURVE_HEIGHT - 30.0);
+    let x = |index: usize| left + (right - left) * index as f64 / 2.0;
+    let y = |us: f64| bottom - (bottom - top) * (us.max(0.1).log10() - low) / (high - low);
+    add(
+        out,
+        format_args!(
+            "<h3>Latency, µs (logarithmic)</h3><svg role=\"img\" aria-label=\"latency\" \
+             viewBox=\"0 0 {WIDTH} {CURVE_HEIGHT}\" width=\"{WIDTH}\" height=\"{CURVE_HEIGHT}\">\n"
+        ),
+    );
+    for power in low as i32..=high as i32 {
+        let us = 10f64.powi(power);
+        add(
+            out,
+            format_args!(
+                "<line x1=\"{left}\" x2=\"{right}\" y1=\"{0:.1}\" y2=\"{0:.1}\" stroke=\"#ddd\"/>\
+                 <text x=\"{1}\" y=\"{2:.1}\" text-anchor=\"end\">{us}</text>\n",
+                y(us),
+                left - 8.0,
+                y(us) + 4.0,
+            ),
+        );
+    }
+    for (index, name) in ["p50", "p99", "p99.9"].into_iter().enumerate() {
+        let at = (x(index), CURVE_HEIGHT - 8.0);
+        add(
+            out,
+            format_args!(
+                "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{name}</text>\n",
+                at.0, at.1
+            ),
+        );
+    }
+    for (index, (row, points)) in lines.iter().enumerate() {
+        let colour = COLOURS[index % COLOURS.len()];
+        let path: Vec<String> = points
+            .iter()
+            .enumerate()
+            .map(|(index, us)| format!("{:.1},{:.1}", x(index), y(*us)))
+            .collect();
+        let key = top + 16.0 * index as f64 + 8.0;
+        add(
+            out,
+            format_args!(
+                "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{}\"/>\
+                 <rect x=\"{}\" y=\"{}\" width=\"12\" height=\"4\" fill=\"{colour}\"/>\
+                 <text x=\"{}\" y=\"{}\">{}</text>\n",
+                path.join(" "),
+                if row.is_stoq { 3 } else { 1 },
+                right + 12.0,
+                key - 6.0,
+                right + 30.0,
+                key,
+                escape(&row.stack),
+            ),
+        );
+    }
+    out.push_str("</svg>\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::summary::{rows, tests::record};
+    use super::super::tests::report;
+    use super::*;
+
+    #[test]
+    fn one_file_that_loads_nothing_and_names_its_machine() {
+        let records = [record("stoq socket", 1, 10e9, true), record("a<b", 1, 5e9, true)];
+        let page = page(&report(rows(&records)));
+        assert!(page.contains("<svg") && page.contains("<polyline"), "{page}");
+        assert!(page.contains("Linux") && page.contains("10.00 Gbit/s"), "{page}");
+        assert!(page.contains("a&lt;b") && !page.contains("a<b"), "{page}");
+        for outside in ["http:", "https:", "src=", "@import", "<script", "<link"] {
+            assert!(!page.contains(outside), "{outside}");
+        }
+        assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
+    }
+
+    #[test]
+    fn longer_bars_are_larger_values() {
+        let records = [record("stoq socket", 1, 10e9, true), record("quinn", 1, 5e9, true)];
+        let rows = rows(&records);
+        let mut out = String::new();
+        let rate = |row: &Row| row.rate.map(|rate| rate.median);
+        bars(&mut out, "x", &rows.iter().collect::<Vec<_>>(), rate, |value| value.to_string());
+        assert!(out.contains("width=\"510.0\"") && out.contains("width=\"255.0\""), "{out}");
+    }
+}

@@ -1,0 +1,96 @@
+//! The rows as text, in Markdown's form, so that they can be put into a document as they are.
+
+use std::fmt::Write as _;
+
+use super::summary::{Row, Spread};
+use super::workload::Unit;
+
+/// A rate with its unit.
+#[must_use]
+pub fn rate(unit: Unit, value: f64) -> String {
+    match unit {
+        Unit::GoodputBps => format!("{:.2} Gbit/s", value / 1e9),
+        Unit::OpsPerS if value >= 1e6 => format!("{:.2} M/s", value / 1e6),
+        Unit::OpsPerS if value >= 1e4 => format!("{:.0} k/s", value / 1e3),
+        Unit::OpsPerS => format!("{value:.0} /s"),
+    }
+}
+
+fn extremes(unit: Unit, spread: Spread) -> String {
+    let number = |value: f64| match unit {
+        Unit::GoodputBps => format!("{:.2}", value / 1e9),
+        Unit::OpsPerS if spread.median >= 1e6 => format!("{:.2}", value / 1e6),
+        Unit::OpsPerS if spread.median >= 1e4 => format!("{:.0}", value / 1e3),
+        Unit::OpsPerS => format!("{value:.0}"),
+    };
+    format!("{} – {}", number(spread.min), number(spread.max))
+}
+
+/// A table for each workload.
+#[must_use]
+pub fn markdown(rows: &[Row]) -> String {
+    let mut text = String::new();
+    let mut workload = "";
+    for row in rows {
+        if row.workload != workload {
+            workload = &row.workload;
+            let head = "| stack | median | min – max | STOQ is | CPU s/GB | p50 / p99 / p99.9 µs | UDP payload | runs |";
+            // Writing to a String cannot fail.
+            let _infallible =
+                writeln!(text, "\n**{workload}**\n\n{head}\n|---|---|---|---|---|---|---|---|");
+        }
+        let _infallible = writeln!(text, "{}", line(row));
+    }
+    text
+}
+
+fn line(row: &Row) -> String {
+    let dash = || "–".to_owned();
+    let note = row.note.as_ref().map_or_else(String::new, |note| format!(" {note}"));
+    let far = if row.near || row.runs == 0 { "" } else { " far" };
+    format!(
+        "| {} | {} | {} | {} | {} | {} | {} | {}{far}{note} |",
+        row.stack,
+        row.rate.map_or_else(dash, |spread| rate(row.unit, spread.median)),
+        row.rate.map_or_else(dash, |spread| extremes(row.unit, spread)),
+        row.stoq_is.map_or_else(dash, |ratio| format!("{ratio:.2} ×")),
+        row.cpu_s_per_gb
+            .filter(|_| row.unit == Unit::GoodputBps)
+            .map_or_else(dash, |per_gb| format!("{per_gb:.2}")),
+        row.latency_us
+            .map_or_else(dash, |us| { format!("{:.0} / {:.0} / {:.0}", us.p50, us.p99, us.p999) }),
+        row.udp_payload.map_or_else(dash, |bytes| format!("{bytes:.0}")),
+        row.runs,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::summary::{rows, tests::record};
+    use super::*;
+
+    #[test]
+    fn a_table_of_two() {
+        let records = [
+            record("stoq socket", 1, 10e9, true),
+            record("stoq socket", 2, 12e9, true),
+            record("quinn", 1, 5.5e9, false),
+        ];
+        let text = markdown(&rows(&records));
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[1], "**download**");
+        assert_eq!(
+            lines[5],
+            "| stoq socket | 11.00 Gbit/s | 10.00 – 12.00 | 1.00 × | 1.00 | 1 / 2 / 3 | 1452 | 2 |"
+        );
+        assert!(lines[6].contains("| 2.00 × |") && lines[6].ends_with("| 1 far |"), "{}", lines[6]);
+    }
+
+    #[test]
+    fn rates_in_their_units() {
+        assert_eq!(rate(Unit::OpsPerS, 1.25e6), "1.25 M/s");
+        assert_eq!(rate(Unit::OpsPerS, 25_400.0), "25 k/s");
+        assert_eq!(rate(Unit::OpsPerS, 999.6), "1000 /s");
+        assert_eq!(rate(Unit::GoodputBps, 9.876e9), "9.88 Gbit/s");
+    }
+}
