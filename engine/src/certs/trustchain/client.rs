@@ -36,7 +36,7 @@ impl std::fmt::Debug for TrustchainAuthority {
 
 impl TrustchainAuthority {
     /// A client of the service; `token` is the text of
-    /// [`TrustchainServer::create_token`], or `None` for a node that has a certificate.
+    /// [`TrustchainServer::create_token`](super::TrustchainServer::create_token), or `None` for a node that has a certificate.
     ///
     /// # Errors
     /// The token is not hexadecimal.
