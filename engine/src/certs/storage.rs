@@ -53,7 +53,17 @@ impl Access {
 pub(super) struct Directory {
     path: PathBuf,
     /// Holds the `flock(2)`; the kernel releases it with the descriptor, whatever ends the process.
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for Directory {
+    /// Closing is not enough: a process that another thread is starting holds a copy of the descriptor
+    /// from its fork to its exec, and the lock lives as long as any copy.
+    fn drop(&mut self) {
+        if let Err(errno) = flock(&self.lock, FlockOperation::Unlock) {
+            tracing::warn!(path = %self.path.display(), %errno, "cannot unlock the directory");
+        }
+    }
 }
 
 impl Directory {
@@ -89,7 +99,7 @@ impl Directory {
             }
             Err(errno) => return Err(CertsError::file("flock", &lock_path, errno.into())),
         }
-        let directory = Self { path: path.to_owned(), _lock: lock };
+        let directory = Self { path: path.to_owned(), lock };
         directory.remove_leftovers()?;
         Ok(directory)
     }
@@ -221,6 +231,18 @@ mod tests {
         drop(first);
         Directory::open(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
+    }
+
+    /// What a fork in another thread does to the lock's descriptor until its exec.
+    #[test]
+    fn a_copy_of_the_descriptor_holds_no_lock_beyond_its_owner() {
+        let dir = TestDir::new();
+        let path = dir.path().join("ca");
+        let first = Directory::open(&path).unwrap();
+        let copy = first.lock.try_clone().unwrap();
+        drop(first);
+        Directory::open(&path).unwrap();
+        drop(copy);
     }
 
     #[test]
