@@ -38,13 +38,22 @@ pub(super) fn handshake(
         .expect("every parameter has a default (RFC 9000, section 18.2)");
     let mut client = client.crypto().start_session(1, server_name, &params).expect("a server name");
     let mut server = Arc::clone(&server.crypto()).start_session(1, &params);
+    finish_handshake(&mut *client, &mut *server)?;
+    Ok(Done { client, server })
+}
+
+/// Carries flights back and forth until nobody has anything to say.
+pub(super) fn finish_handshake(
+    client: &mut dyn Session,
+    server: &mut dyn Session,
+) -> Result<(), Failed> {
     // Flights alternate; tickets follow the handshake.
     for _ in 0..8 {
-        pass(&mut *client, &mut *server).map_err(Failed::Server)?;
-        pass(&mut *server, &mut *client).map_err(Failed::Client)?;
+        pass(client, server).map_err(Failed::Server)?;
+        pass(server, client).map_err(Failed::Client)?;
     }
     assert!(!client.is_handshaking() && !server.is_handshaking(), "the handshake hangs");
-    Ok(Done { client, server })
+    Ok(())
 }
 
 /// Hands over what `from` has to say, one encryption level at a time.

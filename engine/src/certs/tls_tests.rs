@@ -1,5 +1,6 @@
 use std::time::{Duration, SystemTime};
 
+use quinn_proto::transport_parameters::TransportParameters;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use rustls::crypto::aws_lc_rs::{default_provider, kx_group};
 use rustls::server::ResolvesServerCert;
@@ -15,7 +16,7 @@ use crate::certs::pem;
 use crate::certs::provider::verification_provider;
 use crate::certs::session::{HandshakeInfo, PeerIdentity, explain_peer_alert};
 use crate::certs::test_dir::TestDir;
-use crate::certs::test_handshake::{Failed, handshake};
+use crate::certs::test_handshake::{Failed, finish_handshake, handshake};
 use crate::certs::wall_clock::SimWallClock;
 
 const NAME: &str = "node.example.net";
@@ -521,6 +522,48 @@ fn early_data_is_off_unless_both_sides_ask() {
         let expected = (HandshakeKind::Resumed, server_on && client_on);
         assert_eq!(rustls_handshake(&client, &server), expected, "{server_on} {client_on}");
     }
+}
+
+/// One ClientHello with early data, at eight shards at the same moment: what shards share is the
+/// configuration that starts their sessions. One takes the early data, and whoever did not goes on
+/// without.
+#[test]
+fn early_data_is_taken_by_one_shard_alone() {
+    const SHARDS: usize = 8;
+    let clock = clock();
+    let server = server_builder(&clock).early_data(true).build().unwrap();
+    let client = client_of(&clock, &server).early_data(true).build().unwrap();
+    let params = TransportParameters::read(quinn_proto::Side::Server, &mut &[][..]).unwrap();
+    for round in 0..16 {
+        handshake(&client, &server, NAME).unwrap();
+        let mut one = client.crypto().start_session(1, NAME, &params).unwrap();
+        let mut hello = Vec::new();
+        assert!(one.write_handshake(&mut hello).is_none());
+        assert!(one.early_crypto().is_some(), "the client has early keys");
+        let together = std::sync::Barrier::new(SHARDS);
+        let sessions: Vec<Box<dyn crypto::Session>> = std::thread::scope(|scope| {
+            let shards: Vec<_> = (0..SHARDS)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut session = server.crypto().start_session(1, &params);
+                        together.wait();
+                        session.read_handshake(&hello).unwrap();
+                        session
+                    })
+                })
+                .collect();
+            shards.into_iter().map(|shard| shard.join().unwrap()).collect()
+        });
+        let (taken, refused): (Vec<_>, Vec<_>) =
+            sessions.into_iter().partition(|session| session.early_crypto().is_some());
+        assert_eq!((taken.len(), refused.len()), (1, SHARDS - 1), "round {round}");
+        // The client ends at another shard than the one that took its early data, or at that one.
+        let accepted = round % 2 == 0;
+        let mut other = if accepted { taken } else { refused }.pop().unwrap();
+        finish_handshake(&mut *one, &mut *other).unwrap();
+        assert_eq!(one.early_data_accepted(), Some(accepted));
+    }
+    assert_eq!(client.faults().total() + server.faults().total(), 0);
 }
 
 #[test]
