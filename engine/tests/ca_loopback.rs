@@ -254,6 +254,52 @@ fn a_revoked_node_renews_no_more() {
     assert_eq!(ca.server.counters().renewed, 0);
 }
 
+/// A node whose clock is wrong cannot enrol or renew, keeps what it has, and is told why; so is one
+/// whose CA has the wrong date.
+#[test]
+fn a_node_or_a_ca_with_a_wrong_clock_is_told() {
+    let _watchdog = Watchdog::new("a_node_or_a_ca_with_a_wrong_clock_is_told");
+    let (scratch, clock) = (Scratch::new(), sim_clock());
+    let ca = Ca::start(&scratch.0, &clock, 0);
+    let (behind, ahead) = (clock.now() - HOUR, clock.now() + 48 * HOUR);
+    for (wrong, fault) in
+        [(behind, CertificateFault::NotYetValid), (ahead, CertificateFault::Expired)]
+    {
+        let node_clock = Arc::new(SimWallClock::new(wrong));
+        let token = ca.token("a.example");
+        let remote = RemoteCa::new(ca.config(&node_clock, Some(token.clone()))).expect("a client");
+        let error = identity(&remote, "a.example", &node_clock).start().expect_err("refused");
+        assert_eq!(error.fault(), fault, "{error}");
+        assert!(error.to_string().contains("clock"), "{error}");
+        // Set right, the same token serves: it was shown to nobody.
+        node_clock.set(clock.now());
+        let node = identity(&remote, "a.example", &node_clock).start().expect("enrolled");
+        let before = node.status();
+        // Wrong again, when the next renewal is due.
+        let due = before.next_renewal.expect("planned") + Duration::from_secs(1);
+        node_clock.set(if fault == CertificateFault::Expired { ahead } else { behind });
+        node.poll(node_clock.now());
+        let status = node.status();
+        assert_eq!((status.failures, &status.serial), (1, &before.serial), "{status:?}");
+        assert!(status.last_error.as_ref().is_some_and(|why| why.contains("clock")), "{status:?}");
+        assert!(node.faults().count(fault) > 0);
+        // And right: it renews by itself.
+        clock.set(due);
+        node_clock.set(due + Duration::from_secs(660));
+        ca.identity.poll(clock.now());
+        node.poll(node_clock.now());
+        assert_eq!(node.status().renewals, 1, "{:?}", node.status());
+    }
+    // A CA two days ahead of everybody certifies nobody.
+    clock.advance(48 * HOUR);
+    ca.identity.poll(clock.now());
+    let right = Arc::new(SimWallClock::new(clock.now() - 48 * HOUR));
+    let remote = RemoteCa::new(ca.config(&right, Some(ca.token("b.example")))).expect("a client");
+    let error = identity(&remote, "b.example", &right).start().expect_err("refused");
+    assert_eq!(error.fault(), CertificateFault::NotYetValid, "{error}");
+    assert!(error.to_string().contains("issuer's"), "{error}");
+}
+
 /// What is no request is refused, and the service goes on.
 #[test]
 fn garbage_is_refused_and_harms_nobody() {

@@ -1,7 +1,7 @@
 //! A CA elsewhere as a [`CertificateAuthority`].
 
 use std::net::{Ipv6Addr, SocketAddrV6};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -77,7 +77,7 @@ impl RemoteCa {
     pub fn new(config: RemoteCaConfig) -> Result<Arc<Self>, CertsError> {
         let token = config.token.clone();
         let trust = TrustStore::builder().roots(config.roots.clone()).build()?;
-        let link = Arc::new(Link { config, trust, identity: OnceLock::new() });
+        let link = Arc::new(Link { config, trust, identity: Mutex::default() });
         let carrier = Carrier(Arc::clone(&link));
         let authority = TrustchainAuthority::new(Box::new(carrier), token.as_deref())?;
         Ok(Arc::new(Self { authority, link }))
@@ -110,11 +110,15 @@ impl CertificateAuthority for RemoteCa {
         self.authority.issue(request)
     }
 
-    /// The first identity counts: requests of a second one would be authenticated as the first.
+    /// The first identity that lives counts: requests of a second one would be authenticated as the
+    /// first. One that could not start leaves its place to the next attempt.
     fn handle_identity(&self, identity: &Weak<RotatingIdentity>) {
-        if self.link.identity.set(Weak::clone(identity)).is_err() {
+        let mut current = self.link.identity();
+        if current.strong_count() > 0 {
             tracing::error!("a RemoteCa certifies one identity; make another for the second");
+            return;
         }
+        *current = Weak::clone(identity);
     }
 }
 
@@ -123,7 +127,7 @@ impl CertificateAuthority for RemoteCa {
 struct Link {
     config: RemoteCaConfig,
     trust: Arc<TrustStore>,
-    identity: OnceLock<Weak<RotatingIdentity>>,
+    identity: Mutex<Weak<RotatingIdentity>>,
 }
 
 struct Carrier(Arc<Link>);
@@ -135,6 +139,10 @@ impl TrustchainTransport for Carrier {
 }
 
 impl Link {
+    fn identity(&self) -> MutexGuard<'_, Weak<RotatingIdentity>> {
+        self.identity.lock().expect("no panic while locked")
+    }
+
     fn exchange(&self, request: &[u8]) -> Result<Vec<u8>, CaError> {
         let tls = self.tls(Message::is_enrolment(request)).map_err(CaError::internal)?;
         let engine = Engine::builder()
@@ -179,7 +187,7 @@ impl Link {
             .trust(Arc::clone(&self.trust))
             .clock(Arc::clone(&self.config.clock))
             .alpn([TRUSTCHAIN_ALPN]);
-        let identity = self.identity.get().and_then(Weak::upgrade);
+        let identity = self.identity().upgrade();
         match identity.filter(|identity| !enrols && identity.certified_key().is_some()) {
             Some(identity) => builder.identity(identity).build(),
             None => builder.build(),

@@ -110,11 +110,12 @@ impl CertificateFault {
     pub fn advice(self) -> &'static str {
         match self {
             Self::Expired => {
-                "the certificate has expired: renew it; if it should still be valid, your clock \
-                 seems wrong (compare `date -u`)"
+                "the certificate has expired: renew it; if it should still be valid, your clock is \
+                 ahead (compare `date -u`)"
             }
             Self::NotYetValid => {
-                "the certificate is not valid yet: your clock seems wrong (compare `date -u`)"
+                "the certificate is not valid yet: your clock is behind, or its issuer's was ahead \
+                 (compare `date -u`)"
             }
             Self::WrongName => {
                 "the certificate is for other names: connect by a name it carries, or issue one \
@@ -304,7 +305,7 @@ mod tests {
 
     #[test]
     fn clock_advice_names_the_clock() {
-        assert!(CertificateFault::Expired.advice().contains("clock seems wrong"));
-        assert!(CertificateFault::NotYetValid.advice().contains("clock seems wrong"));
+        assert!(CertificateFault::Expired.advice().contains("your clock is ahead"));
+        assert!(CertificateFault::NotYetValid.advice().contains("your clock is behind"));
     }
 }

@@ -353,6 +353,53 @@ fn clients_are_authenticated() {
     assert!(failed.error().reason.starts_with("revoked"), "resumed in spite of it: {failed:?}");
 }
 
+/// Whoever verifies by a wrong date says so, and the other end is told: both ends, both directions.
+#[test]
+fn a_wrong_clock_is_named_at_both_ends() {
+    let site = Site::new();
+    let trust = TrustStore::builder().roots([site.ca.root()]).build().unwrap();
+    let right = site.clock.clone();
+    let behind = Arc::new(SimWallClock::new(right.now() - HOUR));
+    let ahead = Arc::new(SimWallClock::new(right.now() + 25 * HOUR));
+    // The CA's clock is right, so the certificates are good.
+    let (server_identity, client_identity) = (site.identity(names()), site.identity(names()));
+    let refusal = |server_clock: &Arc<SimWallClock>, client_clock: &Arc<SimWallClock>| {
+        let server = ServerTls::builder()
+            .identity(server_identity.clone())
+            .client_auth(ClientAuth::Required(trust.clone()))
+            .alpn(["stoq-test"])
+            .clock(server_clock.clone())
+            .build()
+            .unwrap();
+        let client = client_builder(client_clock)
+            .trust(trust.clone())
+            .identity(client_identity.clone())
+            .build()
+            .unwrap();
+        let failed = handshake(&client, &server, NAME).err();
+        (failed, server.faults().clone(), client.faults().clone())
+    };
+    assert!(refusal(&right, &right).0.is_none());
+    for (wrong, fault) in
+        [(&behind, CertificateFault::NotYetValid), (&ahead, CertificateFault::Expired)]
+    {
+        for at_server in [true, false] {
+            let (failed, server, client) =
+                if at_server { refusal(wrong, &right) } else { refusal(&right, wrong) };
+            let failed = failed.expect("refused");
+            assert_eq!(matches!(failed, Failed::Server(_)), at_server, "{failed:?}");
+            let error = failed.error();
+            assert!(error.reason.starts_with(fault.label()), "{error}");
+            assert!(error.reason.contains("clock"), "{error}");
+            let verifier = if at_server { &server } else { &client };
+            assert_eq!((verifier.count(fault), verifier.total()), (1, 1));
+            // What the other end makes of the alert and the words that come with it.
+            let told = explain_peer_alert(u64::from(error.code), &error.reason).unwrap();
+            assert!(told.contains("clock"), "{told}");
+        }
+    }
+}
+
 /// A client that knows only X25519, as software from before ML-KEM.
 fn classical(mut client: ClientTls) -> ClientTls {
     let mut provider = default_provider();
