@@ -644,8 +644,8 @@ impl TransportConfig {
                     .max_ack_delay(Some(ACK_DELAY_MAX));
                 frequency
             }))
-            // The shard polls packet by packet; each gets a time stamp of its own.
-            .enable_segmentation_offload(false)
+            // The shard polls whole batches, over every datapath.
+            .enable_segmentation_offload(true)
             .congestion_controller_factory(Arc::new(GatedFactory {
                 inner: self.congestion_control.factory(initial_window, seed, self.resume),
                 metrics,

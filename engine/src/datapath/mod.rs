@@ -8,9 +8,9 @@
 //!
 //! Ownership: received bytes are copied once into the turn's [`RxBatch`] slab,
 //! so that a ring's frame returns to the kernel at once; sent bytes are copied
-//! (or sealed) into the datapath's own TX memory by
-//! [`transmit`](Datapath::transmit), so that the caller's scratch is free again
-//! when the call returns.
+//! into the datapath's own TX memory by [`transmit`](Datapath::transmit), or
+//! change owners whole with [`transmit_batch`](Datapath::transmit_batch), so that
+//! the caller's buffer is free again when the call returns.
 
 pub mod af_xdp;
 pub mod choice;
@@ -306,6 +306,10 @@ pub struct DatapathCounters {
     pub copied_bytes: u64,
 }
 
+/// Datagrams built at once for a datapath that copies each into a frame: few enough to stay in
+/// the first-level cache until then.
+const BATCH_DATAGRAMS_MAX: usize = 8;
+
 /// One shard's way to the wire. See the [module documentation](self).
 pub trait Datapath {
     /// What this datapath is and can do.
@@ -324,6 +328,30 @@ pub trait Datapath {
 
     /// Copies one datagram towards the wire. It leaves with the next [`flush`](Self::flush).
     fn transmit(&mut self, meta: &TxMeta, payload: &[u8]) -> TxVerdict;
+
+    /// How many datagrams of `segment_bytes` one [`transmit_batch`](Self::transmit_batch) takes
+    /// at best, at least 1.
+    fn batch_datagrams_max(&self, segment_bytes: usize) -> usize {
+        let _ = segment_bytes;
+        self.transmit_capacity().clamp(1, BATCH_DATAGRAMS_MAX)
+    }
+
+    /// Takes all of `buffer`: datagrams of `segment_bytes` each, of which the last may be
+    /// shorter, at most [`batch_datagrams_max`](Self::batch_datagrams_max). A datapath that sends
+    /// from memory of this shape keeps the buffer and gives back another, so that nothing is
+    /// copied. `buffer` comes back empty and with the capacity that it had. Returns how many
+    /// datagrams were dropped, each counted under its reason.
+    fn transmit_batch(
+        &mut self,
+        meta: &TxMeta,
+        segment_bytes: usize,
+        buffer: &mut Vec<u8>,
+    ) -> usize {
+        let taken = |payload| self.transmit(meta, payload) == TxVerdict::Accepted;
+        let dropped = buffer.chunks(segment_bytes).map(taken).filter(|taken| !taken).count();
+        buffer.clear();
+        dropped
+    }
 
     /// Makes everything accepted leave: at most one kick per queue and turn.
     fn flush(&mut self, now: Instant);

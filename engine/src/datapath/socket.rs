@@ -218,6 +218,44 @@ impl Datapath for SocketDatapath {
         TxVerdict::Accepted
     }
 
+    fn batch_datagrams_max(&self, segment_bytes: usize) -> usize {
+        self.batcher.datagrams_max(segment_bytes)
+    }
+
+    fn transmit_batch(
+        &mut self,
+        meta: &TxMeta,
+        segment_bytes: usize,
+        buffer: &mut Vec<u8>,
+    ) -> usize {
+        let datagrams = buffer.len().div_ceil(segment_bytes);
+        // One may share a message with its predecessors; more are one of their own.
+        if datagrams == 1 || !self.batcher.gso() {
+            let taken = |payload| self.transmit(meta, payload) == TxVerdict::Accepted;
+            let dropped = buffer.chunks(segment_bytes).map(taken).filter(|taken| !taken).count();
+            buffer.clear();
+            return dropped;
+        }
+        if let Some(drop) = transmit_verdict_for(meta, &buffer[..segment_bytes]) {
+            (0..datagrams).for_each(|_| count_drop(&mut self.counters, drop));
+            buffer.clear();
+            return datagrams;
+        }
+        if self.tail == self.slots.count() {
+            buffer.clear();
+            return datagrams;
+        }
+        let Self { slots, batcher, .. } = self;
+        if let Some(last) = self.tail.checked_sub(1).filter(|last| *last >= self.head) {
+            batcher.seal(slots, last);
+        }
+        self.counters.tx_datagrams += datagrams as u64;
+        self.counters.tx_bytes += buffer.len() as u64;
+        batcher.begin_with(slots, self.tail, meta, segment_bytes, buffer);
+        self.tail += 1;
+        0
+    }
+
     fn flush(&mut self, now: Instant) {
         self.mtu.expire(now);
         if self.head == self.tail {

@@ -181,7 +181,10 @@ impl Controller for Gated {
             let inflight = self.state.inflight_bytes.load(Relaxed);
             self.state.inflight_bytes.store(inflight + bytes, Relaxed);
             self.inner.on_sent(now, bytes, last_packet_number);
-            self.publish();
+            // Sending changes a window or a rate only when it ends an idle time.
+            if inflight == 0 {
+                self.publish();
+            }
         }
     }
 

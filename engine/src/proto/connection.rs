@@ -24,8 +24,11 @@ const QUANTUM_BYTES_MAX: u64 = 64 * 1024;
 /// Whether a connection may put data into the next packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Gate {
-    /// It may.
-    Open,
+    /// It may, and so may as many packets as it says, at least one.
+    Open {
+        /// Full-sized packets that window and pacer allow now.
+        packets: usize,
+    },
     /// The congestion window is full: an ACK or a timer opens it.
     Window,
     /// The pacer holds it until then.
@@ -248,7 +251,7 @@ impl Conn {
         (rate, (rate / 1000).clamp(2 * packet, QUANTUM_BYTES_MAX.max(2 * packet)))
     }
 
-    /// Decides about the next packet, and tells quinn-proto.
+    /// Decides about the next packets, and tells quinn-proto.
     pub(crate) fn gate(&mut self, now: Instant) -> Gate {
         if self.inner.remote_address() != self.path {
             // A new path has a controller of its own (RFC 9000 §9.4).
@@ -260,27 +263,32 @@ impl Conn {
             self.cc.set_probe(0);
         }
         let packet = u64::from(self.inner.current_mtu());
+        let window = self.cc.cwnd_bytes().saturating_sub(self.cc.inflight_bytes());
         // The packet that closes a connection is not held back by what the connection had to say.
         let gate = if self.inner.is_closed() {
-            Gate::Open
-        } else if self.cc.inflight_bytes() + packet > self.cc.cwnd_bytes() {
+            Gate::Open { packets: 1 }
+        } else if window < packet {
             Gate::Window
         } else {
             let (rate, quantum) = self.pacing();
-            match self.pacer.blocked_until(now, rate, quantum) {
-                Some(until) => Gate::Paced(until),
-                None => Gate::Open,
+            match self.pacer.allowance(now, rate, quantum) {
+                Err(until) => Gate::Paced(until),
+                Ok(allowed) => {
+                    let packets = (window / packet).min(allowed.div_ceil(packet));
+                    Gate::Open { packets: packets as usize }
+                }
             }
         };
         self.paced_until = match gate {
             Gate::Paced(until) => Some(until),
             _ => None,
         };
-        if gate == Gate::Open {
+        let is_open = matches!(gate, Gate::Open { .. });
+        if is_open {
             // Whatever ACK is owed leaves with this poll: nothing is left to wait for.
             self.owed_since = None;
         }
-        self.cc.set_gate(gate == Gate::Open);
+        self.cc.set_gate(is_open);
         gate
     }
 
@@ -292,8 +300,8 @@ impl Conn {
     pub(crate) fn note_attempt(&self, gate: Gate, sent: bool) {
         let Some(bbr) = self.cc.bbr() else { return };
         match gate {
-            Gate::Open if sent => bbr.set_app_limited(false),
-            Gate::Open => bbr.set_app_limited(true),
+            Gate::Open { .. } if sent => bbr.set_app_limited(false),
+            Gate::Open { .. } => bbr.set_app_limited(true),
             Gate::Window => bbr.set_cwnd_limited(),
             Gate::Paced(_) => {}
         }
@@ -342,10 +350,10 @@ impl Conn {
             || self.inner.stats().path.lost_plpmtud_probes != self.probes_lost
     }
 
-    /// Accounts for a datagram that left.
-    pub(crate) fn on_transmit(&mut self, now: Instant, bytes: u64) {
-        if bytes > u64::from(self.inner.current_mtu()) {
-            self.cc.set_probe(bytes);
+    /// Accounts for `bytes` that left in datagrams of `segment_bytes`.
+    pub(crate) fn on_transmit(&mut self, now: Instant, bytes: u64, segment_bytes: u64) {
+        if segment_bytes > u64::from(self.inner.current_mtu()) {
+            self.cc.set_probe(segment_bytes);
             self.probes_lost = self.inner.stats().path.lost_plpmtud_probes;
         }
         let (rate, _) = self.pacing();

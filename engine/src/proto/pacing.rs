@@ -24,24 +24,26 @@ impl Pacer {
         Self { free_at: now, remainder: 0 }
     }
 
-    /// `None` when a quantum may begin at `now`, else the time at which it may.
+    /// The bytes that may leave at `now`, at least 1; or the time at which some may.
     ///
     /// A quantum that has begun may be finished: the line may run at most
-    /// `quantum_bytes` ahead of the rate.
-    pub(crate) fn blocked_until(
+    /// `quantum_bytes` ahead of the rate. Unused time is not counted.
+    pub(crate) fn allowance(
         &self,
         now: Instant,
         rate_bytes_per_s: u64,
         quantum_bytes: u64,
-    ) -> Option<Instant> {
-        if rate_bytes_per_s == 0 || rate_bytes_per_s == u64::MAX {
-            return None;
+    ) -> Result<u64, Instant> {
+        if rate_bytes_per_s == 0 || rate_bytes_per_s == u64::MAX || self.free_at <= now {
+            return Ok(quantum_bytes.max(1));
         }
-        let ahead = time_to_send(quantum_bytes, rate_bytes_per_s);
-        if self.free_at < now + ahead {
-            return None;
+        let ahead = now + time_to_send(quantum_bytes, rate_bytes_per_s);
+        if self.free_at >= ahead {
+            return Err(self.free_at);
         }
-        Some(self.free_at)
+        let left_ns = ahead.duration_since(self.free_at).as_nanos();
+        let bytes = left_ns * u128::from(rate_bytes_per_s) / 1_000_000_000;
+        Ok((bytes as u64).clamp(1, quantum_bytes.max(1)))
     }
 
     /// Accounts for `bytes` that left at `now`.
@@ -78,14 +80,14 @@ mod tests {
         let (mut now, mut sent, mut burst, mut burst_max) = (start, 0, 0, 0);
         let mut pacer = Pacer::new(start);
         while now < end {
-            match pacer.blocked_until(now, rate, quantum) {
-                None => {
+            match pacer.allowance(now, rate, quantum) {
+                Ok(_) => {
                     pacer.on_sent(now, packet, rate);
                     sent += packet;
                     burst += packet;
                     burst_max = burst_max.max(burst);
                 }
-                Some(at) => {
+                Err(at) => {
                     assert!(at > now);
                     now = at;
                     burst = 0;
@@ -123,7 +125,8 @@ mod tests {
         let mut pacer = Pacer::new(start);
         let later = start + Duration::from_secs(60);
         let mut burst = 0;
-        while pacer.blocked_until(later, rate, quantum).is_none() {
+        while let Ok(allowed) = pacer.allowance(later, rate, quantum) {
+            assert!((1..=quantum - burst.min(quantum - 1)).contains(&allowed), "{allowed}");
             pacer.on_sent(later, packet, rate);
             burst += packet;
         }
@@ -135,7 +138,7 @@ mod tests {
         let now = Instant::now();
         let mut pacer = Pacer::new(now);
         for _ in 0..1000 {
-            assert_eq!(pacer.blocked_until(now, u64::MAX, 65_536), None);
+            assert_eq!(pacer.allowance(now, u64::MAX, 65_536), Ok(65_536));
             pacer.on_sent(now, 9_000, u64::MAX);
         }
     }

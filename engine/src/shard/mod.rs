@@ -8,7 +8,7 @@
 //!                                                      ▼        │
 //!   service ─────────────── Endpoint ▶ Connection (whole batch) ┘ events, then
 //!                                                      │
-//!   transmit ── gate + pacer ── poll_transmit ── scratch ── TX frame / GSO batch
+//!   transmit ── gate + pacer ── poll_transmit ── one batch ── TX frames / GSO message
 //!               │
 //!   flush ──────▼──── one kick per turn
 //! ```
@@ -93,8 +93,9 @@ pub struct Shard<D: Datapath, C: Clock> {
     rx: RxBatch,
     /// The rest of a batch whose handshakes took their share of the turn; at most one batch.
     unhandled: VecDeque<RxDatagram>,
-    scratch: Vec<u8>,
-    /// Distinct per packet: congestion control tells packets apart by it.
+    /// What `poll_transmit` builds; datapaths that can, send from it.
+    batch: Vec<u8>,
+    /// Distinct per batch: congestion control tells packets apart by it.
     stamp: Instant,
     overdue: Vec<ConnId>,
     ending: Option<Ending>,
@@ -137,7 +138,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             rx: RxBatch::new(RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES),
             unhandled: VecDeque::with_capacity(RX_BATCH_DATAGRAMS_MAX),
             // Reserved up front: poll_transmit must never move it (ARCHITECTURE, decision 9).
-            scratch: Vec::with_capacity(usize::from(u16::MAX) + 1),
+            batch: Vec::with_capacity(usize::from(u16::MAX) + 1),
             stamp: now,
             overdue: Vec::new(),
             ending: None,
@@ -432,7 +433,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     // --- out --------------------------------------------------------------------------
 
-    /// Gate and pacer → poll_transmit → scratch → TX memory, fairly over the connections.
+    /// Gate and pacer → poll_transmit → batch → TX memory, fairly over the connections.
     fn transmit(&mut self, now: Instant) -> bool {
         let mut worked = self.transmit_responses();
         let before = self.tx_packets;
@@ -443,7 +444,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             }
             let Some(slot) = self.proto.pop_tx() else { break };
             let (sent, more) = self.transmit_connection(now, slot);
-            worked |= sent;
+            self.tx_packets += sent as u64;
+            worked |= sent > 0;
             if more {
                 self.proto.requeue_tx(slot);
             } else {
@@ -457,40 +459,45 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     }
 
     /// At most one visit's packets of one connection; the second value says whether it has more.
-    fn transmit_connection(&mut self, now: Instant, slot: u32) -> (bool, bool) {
-        // Real time passes while packets are built, and stamps must not run ahead of it
-        // for long: a nanosecond apart is what congestion control needs to tell them apart.
+    fn transmit_connection(&mut self, now: Instant, slot: u32) -> (usize, bool) {
+        // Real time passes while packets are built, and stamps must not run ahead of it for
+        // long: congestion control tells batches apart by a nanosecond, and treats the packets
+        // of one batch, which leave together, alike.
         self.stamp = self.stamp.max(now);
-        let mut sent = false;
-        for _ in 0..TX_PACKETS_PER_VISIT_MAX {
+        let mut sent = 0;
+        while sent < TX_PACKETS_PER_VISIT_MAX {
             if self.datapath.transmit_capacity() == 0 {
                 return (sent, true);
             }
             let Some(conn) = self.proto.conn_in_slot(slot) else { return (sent, false) };
             self.stamp += Duration::from_nanos(1);
             // Empty each time: quinn-proto writes garbage behind what is in the buffer.
-            self.scratch.clear();
+            self.batch.clear();
             let gate = conn.gate(now);
-            let mut polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
+            let packets = match gate {
+                Gate::Open { packets } => packets
+                    .min(TX_PACKETS_PER_VISIT_MAX - sent)
+                    .min(self.datapath.batch_datagrams_max(conn.inner.current_mtu().into())),
+                Gate::Window | Gate::Paced(_) => 1,
+            };
+            let mut polled = conn.inner.poll_transmit(self.stamp, packets, &mut self.batch);
             conn.note_attempt(gate, polled.is_some());
-            if polled.is_none() && gate != Gate::Open && conn.open_for_owed_ack(now) {
-                self.scratch.clear();
-                polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.scratch);
+            let held = !matches!(gate, Gate::Open { .. });
+            if polled.is_none() && held && conn.open_for_owed_ack(now) {
+                self.batch.clear();
+                polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.batch);
                 self.proto.counters.tx_owed_acks += u64::from(polled.is_some());
             }
             let Some(transmit) = polled else { return (sent, false) };
-            sent = true;
-            self.tx_packets += 1;
+            let segment_bytes = transmit.segment_size.unwrap_or(transmit.size);
+            sent += transmit.size.div_ceil(segment_bytes);
             if let Some(conn) = self.proto.conn_in_slot(slot) {
-                conn.on_transmit(now, transmit.size as u64);
+                conn.on_transmit(now, transmit.size as u64, segment_bytes as u64);
             }
-            match self.datapath.transmit(&tx_meta(&transmit), &self.scratch[..transmit.size]) {
-                TxVerdict::Accepted => {}
-                // Counted by the datapath under its reason; QUIC sees a lost packet.
-                TxVerdict::Dropped(_) | TxVerdict::Full => {
-                    self.proto.counters.tx_drop_datapath += 1;
-                }
-            }
+            // Drops are counted by the datapath under their reason; QUIC sees lost packets.
+            let dropped =
+                self.datapath.transmit_batch(&tx_meta(&transmit), segment_bytes, &mut self.batch);
+            self.proto.counters.tx_drop_datapath += dropped as u64;
         }
         (sent, true)
     }

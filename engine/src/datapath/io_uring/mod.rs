@@ -286,6 +286,46 @@ impl Datapath for IoUringDatapath {
         TxVerdict::Accepted
     }
 
+    fn batch_datagrams_max(&self, segment_bytes: usize) -> usize {
+        self.batcher.datagrams_max(segment_bytes)
+    }
+
+    fn transmit_batch(
+        &mut self,
+        meta: &TxMeta,
+        segment_bytes: usize,
+        buffer: &mut Vec<u8>,
+    ) -> usize {
+        let datagrams = buffer.len().div_ceil(segment_bytes);
+        // One may share a message with its predecessors; more are one of their own.
+        if datagrams == 1 || !self.batcher.gso() {
+            let taken = |payload| self.transmit(meta, payload) == TxVerdict::Accepted;
+            let dropped = buffer.chunks(segment_bytes).map(taken).filter(|taken| !taken).count();
+            buffer.clear();
+            return dropped;
+        }
+        if let Some(drop) = transmit_verdict_for(meta, &buffer[..segment_bytes]) {
+            (0..datagrams).for_each(|_| count_drop(&mut self.counters, drop));
+            buffer.clear();
+            return datagrams;
+        }
+        let Some(slot) = self.free.pop() else {
+            buffer.clear();
+            return datagrams;
+        };
+        let Self { ring, batcher, ready, .. } = self;
+        let slots = ring.slots_mut();
+        if let Some(last) = ready.last().copied().filter(|_| self.open) {
+            batcher.seal(slots, last);
+        }
+        self.counters.tx_datagrams += datagrams as u64;
+        self.counters.tx_bytes += buffer.len() as u64;
+        batcher.begin_with(slots, slot, meta, segment_bytes, buffer);
+        ready.push(slot);
+        self.open = true;
+        0
+    }
+
     fn flush(&mut self, now: Instant) {
         self.mtu.expire(now);
         if !self.blocked.is_empty() {

@@ -126,8 +126,7 @@ impl Batcher {
             && batch.bytes + payload.len() <= GSO_BYTES_MAX
             && batch.meta == *meta;
         if fits {
-            let range = batch.bytes..batch.bytes + payload.len();
-            slots.payload_mut(slot, range).copy_from_slice(payload);
+            slots.append(slot, payload);
             batch.bytes += payload.len();
             batch.segments += 1;
         }
@@ -142,7 +141,8 @@ impl Batcher {
         meta: &TxMeta,
         payload: &[u8],
     ) {
-        slots.payload_mut(slot, 0..payload.len()).copy_from_slice(payload);
+        slots.clear(slot);
+        slots.append(slot, payload);
         self.batches[slot] = Batch {
             meta: *meta,
             segment_bytes: payload.len(),
@@ -150,6 +150,28 @@ impl Batcher {
             bytes: payload.len(),
             state: State::Open,
         };
+    }
+
+    /// Starts a batch in the free `slot` with all of `buffer`, which comes back empty: datagrams
+    /// of `segment_bytes`, the last may be shorter. Nothing is copied.
+    pub(crate) fn begin_with(
+        &mut self,
+        slots: &mut SendSlots,
+        slot: usize,
+        meta: &TxMeta,
+        segment_bytes: usize,
+        buffer: &mut Vec<u8>,
+    ) {
+        let bytes = buffer.len();
+        slots.swap(slot, buffer);
+        let segments = bytes.div_ceil(segment_bytes);
+        self.batches[slot] =
+            Batch { meta: *meta, segment_bytes, segments, bytes, state: State::Open };
+    }
+
+    /// How many datagrams of `segment_bytes` one message may hold, 1 without the offload.
+    pub(crate) fn datagrams_max(&self, segment_bytes: usize) -> usize {
+        if self.gso { (GSO_BYTES_MAX / segment_bytes.max(1)).clamp(1, SEGMENTS_MAX) } else { 1 }
     }
 
     /// Writes the header of `slot` if that is still to be done.
@@ -168,7 +190,7 @@ impl Batcher {
             traffic_class: batch.meta.ecn as u8,
             segment_bytes,
         };
-        slots.prepare(slot, batch.bytes, &addressing);
+        slots.prepare(slot, &addressing);
     }
 
     /// Whether `slot` must leave datagram by datagram.

@@ -1,9 +1,10 @@
 //! Per-packet delivery-rate samples (draft-ietf-ccwg-bbr-06 §4.1.2).
 //!
-//! quinn-proto names packets by their send time only. The shard polls one packet
-//! at a time, each with its own `now`, so a send time is as good as a packet
-//! number: `on_sent` appends a record to a ring ordered by time, `on_ack` finds
-//! it again, at the front or by binary search. Invariants:
+//! quinn-proto names packets by their send time only. The shard polls one batch
+//! at a time, each with its own `now`: packets of equal send time left together,
+//! in one message, and any of them stands for any other. `on_sent` appends a
+//! record to a ring ordered by time, `on_ack` finds the next live one of its
+//! time, at the front or by binary search. Invariants:
 //!
 //! - The ring is ordered by send time; a record with `bytes == 0` is dead and
 //!   leaves when it reaches the front.

@@ -37,7 +37,8 @@ pub(crate) struct SendSlots {
     iovecs: RawArray<libc::iovec>,
     names: RawArray<libc::sockaddr_in6>,
     controls: RawArray<u8>,
-    memory: RawArray<u8>,
+    /// One per slot, of [`SEND_BUFFER_BYTES`] capacity that is never exceeded: none ever moves.
+    payloads: Box<[Vec<u8>]>,
     /// Control bytes without the segment size, which comes last.
     plain_control_bytes: Box<[usize]>,
     lent: Box<[bool]>,
@@ -51,7 +52,7 @@ impl SendSlots {
             iovecs: RawArray::new(count),
             names: RawArray::new(count),
             controls: RawArray::new(count * CONTROL_BYTES),
-            memory: RawArray::new(count * SEND_BUFFER_BYTES),
+            payloads: (0..count).map(|_| Vec::with_capacity(SEND_BUFFER_BYTES)).collect(),
             plain_control_bytes: vec![0; count].into_boxed_slice(),
             lent: vec![false; count].into_boxed_slice(),
         };
@@ -73,27 +74,46 @@ impl SendSlots {
         self.headers.len()
     }
 
-    /// The bytes of `slot` in `range`, to fill.
+    /// Empties the payload of `slot`.
     ///
     /// # Panics
-    /// If the slot is lent to the kernel, or the range exceeds it.
-    pub(crate) fn payload_mut(&mut self, slot: usize, range: Range<usize>) -> &mut [u8] {
-        assert!(!self.lent[slot], "slot {slot} is in the kernel's hands");
-        assert!(range.end <= SEND_BUFFER_BYTES, "{range:?} exceeds a send slot");
-        let base = slot * SEND_BUFFER_BYTES;
-        self.memory.range_mut(base + range.start..base + range.end)
+    /// If the slot is lent to the kernel.
+    pub(crate) fn clear(&mut self, slot: usize) {
+        self.payload_mut(slot).clear();
     }
 
-    /// Writes the header of `slot` over its first `payload_bytes`.
+    /// Copies `bytes` behind the payload of `slot`.
     ///
     /// # Panics
-    /// If the slot is lent to the kernel, or `payload_bytes` exceeds it.
-    pub(crate) fn prepare(
-        &mut self,
-        slot: usize,
-        payload_bytes: usize,
-        addressing: &MessageAddressing,
-    ) {
+    /// If the slot is lent to the kernel, or they do not fit.
+    pub(crate) fn append(&mut self, slot: usize, bytes: &[u8]) {
+        let payload = self.payload_mut(slot);
+        assert!(payload.len() + bytes.len() <= SEND_BUFFER_BYTES, "beyond send slot {slot}");
+        payload.extend_from_slice(bytes);
+    }
+
+    /// Exchanges the payload of `slot` for `buffer`, without a copy; `buffer` comes back empty.
+    ///
+    /// # Panics
+    /// If the slot is lent to the kernel, or `buffer` holds more than a slot may, or has not the
+    /// capacity of one.
+    pub(crate) fn swap(&mut self, slot: usize, buffer: &mut Vec<u8>) {
+        assert!(buffer.len() <= SEND_BUFFER_BYTES && buffer.capacity() >= SEND_BUFFER_BYTES);
+        let payload = self.payload_mut(slot);
+        std::mem::swap(payload, buffer);
+        buffer.clear();
+    }
+
+    fn payload_mut(&mut self, slot: usize) -> &mut Vec<u8> {
+        assert!(!self.lent[slot], "slot {slot} is in the kernel's hands");
+        &mut self.payloads[slot]
+    }
+
+    /// Writes the header of `slot` over its payload.
+    ///
+    /// # Panics
+    /// If the slot is lent to the kernel.
+    pub(crate) fn prepare(&mut self, slot: usize, addressing: &MessageAddressing) {
         assert!(!self.lent[slot], "slot {slot} is in the kernel's hands");
         let remote = &addressing.remote;
         let name = self.names.at_mut(slot);
@@ -118,7 +138,7 @@ impl SendSlots {
         }
         let control_bytes = writer.len();
         self.headers.at_mut(slot).msg_hdr.msg_controllen = control_bytes as _;
-        self.point_at(slot, 0..payload_bytes);
+        self.point_at(slot, 0..self.payloads[slot].len());
     }
 
     /// Sends the messages of `slots` in order without blocking; returns how many left.
@@ -130,8 +150,8 @@ impl SendSlots {
     /// If the range is empty or exceeds the slots.
     pub(crate) fn send(&mut self, fd: BorrowedFd<'_>, slots: Range<usize>) -> io::Result<usize> {
         assert!(slots.start < slots.end && slots.end <= self.count(), "send slots {slots:?}");
-        // SAFETY: `prepare` made each header point to our own arrays with sizes
-        // inside their bounds; they stay put and unchanged during the call.
+        // SAFETY: `prepare` made each header point to our own arrays and payloads with
+        // sizes inside their bounds; they stay put and unchanged during the call.
         let sent = unsafe {
             libc::sendmmsg(
                 fd.as_raw_fd(),
@@ -190,9 +210,9 @@ impl SendSlots {
     }
 
     fn point_at(&mut self, slot: usize, range: Range<usize>) {
-        assert!(range.start <= range.end && range.end <= SEND_BUFFER_BYTES, "{range:?}");
-        let base = self.memory.pointer(slot * SEND_BUFFER_BYTES + range.start);
-        *self.iovecs.at_mut(slot) = libc::iovec { iov_base: base.cast(), iov_len: range.len() };
+        let bytes = &mut self.payloads[slot][range];
+        let iov_base = bytes.as_mut_ptr().cast();
+        *self.iovecs.at_mut(slot) = libc::iovec { iov_base, iov_len: bytes.len() };
     }
 }
 
@@ -205,7 +225,7 @@ mod tests {
     fn a_lent_slot_cannot_be_written() {
         let mut slots = SendSlots::new(2);
         let _ = slots.lend(1);
-        let _ = slots.payload_mut(1, 0..1);
+        slots.append(1, &[1]);
     }
 
     #[test]
@@ -221,6 +241,27 @@ mod tests {
         assert!(!header.is_null() && slots.any_lent());
         slots.take_back(0);
         assert!(!slots.any_lent());
-        slots.payload_mut(0, 0..SEND_BUFFER_BYTES).fill(1);
+        slots.append(0, &[1; SEND_BUFFER_BYTES]);
+    }
+
+    #[test]
+    fn a_buffer_changes_places_with_a_payload() {
+        let mut slots = SendSlots::new(1);
+        slots.append(0, &[1; 10]);
+        let mut buffer = Vec::with_capacity(SEND_BUFFER_BYTES);
+        buffer.extend_from_slice(&[2; 20]);
+        let built = buffer.as_ptr();
+        slots.swap(0, &mut buffer);
+        assert_eq!(slots.payloads[0], [2; 20]);
+        assert_eq!(slots.payloads[0].as_ptr(), built, "not copied");
+        assert!(buffer.is_empty() && buffer.capacity() >= SEND_BUFFER_BYTES);
+    }
+
+    #[test]
+    #[should_panic(expected = "beyond send slot")]
+    fn a_payload_never_outgrows_its_slot() {
+        let mut slots = SendSlots::new(1);
+        slots.append(0, &[1; SEND_BUFFER_BYTES]);
+        slots.append(0, &[1]);
     }
 }
