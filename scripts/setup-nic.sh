@@ -2,9 +2,12 @@
 # Tunes a NIC for AF_XDP, prints every change, and writes a file from which
 # restore-nic.sh puts everything back.
 #
-#   setup-nic.sh IFACE [--queues N] [--ring N] [--shard-cores LIST] [--dry-run]
+#   setup-nic.sh IFACE [--queues N] [--shards N [--first-queue N]] [--ring N] [--shard-cores LIST] [--dry-run]
 #
 #   --queues N          combined queues, one per shard      (default: leave as is)
+#   --shards N          RSS spreads packets over N queues only, those that have a shard
+#                                                       (default: leave as is)
+#   --first-queue N     the first of them, STOQ's first_queue (default: 0)
 #   --ring N            descriptors of the RX and TX rings  (default: 4096, or the most there is)
 #   --shard-cores LIST  cores of the shards, such as 2-5,8  (default: none)
 #                       interrupts of the NIC are kept off them
@@ -23,10 +26,12 @@ die() {
     exit 1
 }
 
-interface="" queues="" ring=4096 shard_cores="" dry_run=""
+interface="" queues="" shard_queues="" first_queue=0 ring=4096 shard_cores="" dry_run=""
 while (($#)); do
     case $1 in
         --queues) queues=${2:?--queues needs a number}; shift ;;
+        --shards) shard_queues=${2:?--shards needs a number}; shift ;;
+        --first-queue) first_queue=${2:?--first-queue needs a number}; shift ;;
         --ring) ring=${2:?--ring needs a number}; shift ;;
         --shard-cores) shard_cores=${2:?--shard-cores needs a list}; shift ;;
         --dry-run) dry_run=1 ;;
@@ -38,6 +43,8 @@ done
 [[ -n $interface ]] || usage
 [[ $interface =~ ^[A-Za-z0-9_.@-]+$ ]] || die "$interface is no interface name"
 [[ -z $queues || $queues =~ ^[1-9][0-9]*$ ]] || die "--queues $queues is no number"
+[[ -z $shard_queues || $shard_queues =~ ^[1-9][0-9]*$ ]] || die "--shards $shard_queues is no number"
+[[ $first_queue =~ ^[0-9]+$ ]] || die "--first-queue $first_queue is no number"
 [[ $ring =~ ^[1-9][0-9]*$ ]] || die "--ring $ring is no number"
 [[ -z $shard_cores || $shard_cores =~ ^[0-9,-]+$ ]] || die "--shard-cores $shard_cores is no list"
 ((EUID == 0)) || die "needs root"
@@ -173,6 +180,23 @@ if fields=$(ethtool -n "$interface" rx-flow-hash udp6 2>/dev/null); then
     fi
 else
     echo "  UDP over IPv6: not configurable here"
+fi
+
+echo "RSS of $interface"
+# A shard receives from its own queue only; what another queue gets takes the kernel's slow way.
+table=$({ ethtool -x "$interface" 2>/dev/null || true; } | awk '$1 ~ /^[0-9]+:$/ { for (i = 2; i <= NF; i++) print $i }')
+if [[ -z $table ]]; then
+    echo "  the driver does not tell its table; left alone"
+elif [[ -z $shard_queues ]]; then
+    echo "  queues $(sort -nu <<<"$table" | paste -sd' ') (choose with --shards)"
+else
+    # The old table comes back as weights, one for each queue from 0 on.
+    most=$(sort -n <<<"$table" | tail -n 1)
+    weights=$(for ((queue = 0; queue <= most; queue++)); do grep -cx "$queue" <<<"$table" || true; done | paste -sd' ')
+    wanted=$(seq -s' ' "$first_queue" $((first_queue + shard_queues - 1)))
+    change "queues that packets are spread over" "$(sort -nu <<<"$table" | paste -sd' ')" "$wanted" \
+        "ethtool -X $interface weight $weights" \
+        ethtool -X "$interface" start "$first_queue" equal "$shard_queues"
 fi
 
 echo "offloads of $interface"

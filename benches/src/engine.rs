@@ -14,30 +14,30 @@ use stoq::metrics::TransportStats;
 /// Flags of the transport.
 #[derive(Args, Clone, Debug)]
 pub struct TransportArgs {
-    /// Datapath: auto, af_xdp, io_uring or socket.
-    #[arg(long, default_value = "auto")]
-    pub datapath: DatapathChoice,
+    /// Datapath: auto (the default), af_xdp, io_uring or socket.
+    #[arg(long)]
+    pub datapath: Option<DatapathChoice>,
     /// Interface, for AF_XDP.
     #[arg(long)]
     pub iface: Option<String>,
-    /// Shards; with AF_XDP one per device queue.
-    #[arg(long, default_value_t = 1)]
-    pub queues: usize,
-    /// First device queue.
-    #[arg(long, default_value_t = 0)]
-    pub first_queue: u32,
+    /// Shards, 1 by default; with AF_XDP one per device queue.
+    #[arg(long)]
+    pub queues: Option<usize>,
+    /// First device queue, 0 by default.
+    #[arg(long)]
+    pub first_queue: Option<u32>,
     /// Cores for the shards, comma-separated.
     #[arg(long, value_delimiter = ',')]
     pub cores: Vec<usize>,
-    /// Congestion control: bbr2, bbr3, cubic or newreno.
-    #[arg(long, default_value = "bbr2")]
-    pub cc: CongestionControl,
-    /// Who seals packets: auto (ipsec-mb where installed), aws-lc-rs or ipsec-mb.
+    /// Congestion control: bbr2 (the default), bbr3, cubic or newreno.
+    #[arg(long)]
+    pub cc: Option<CongestionControl>,
+    /// Who seals packets: auto (ipsec-mb where installed, the default), aws-lc-rs or ipsec-mb.
     #[arg(long)]
     pub crypto_provider: Option<CryptoProviderChoice>,
-    /// Largest UDP payload, bytes; 0: what the interface carries.
-    #[arg(long, default_value_t = 0)]
-    pub udp_payload: u16,
+    /// Largest UDP payload, bytes; 0: what the interface carries, the default.
+    #[arg(long)]
+    pub udp_payload: Option<u16>,
     /// What a shard without work does: off, adaptive or always spin.
     #[arg(long)]
     pub busy_poll: Option<BusyPoll>,
@@ -53,7 +53,7 @@ pub struct TransportArgs {
     /// Write one qlog file per connection into this directory.
     #[arg(long)]
     pub qlog_dir: Option<PathBuf>,
-    /// A TOML file with the engine's settings; flags win.
+    /// A TOML file with the engine's settings; a flag that is given wins.
     #[arg(long)]
     pub config: Option<PathBuf>,
     /// One JSON object a line on stdout.
@@ -65,7 +65,8 @@ pub struct TransportArgs {
 }
 
 impl TransportArgs {
-    /// The engine's settings, bound to `bind`.
+    /// The engine's settings, bound to `bind`: the file's, or the defaults, with the flags that were
+    /// given.
     pub fn transport(&self, bind: SocketAddrV6) -> anyhow::Result<TransportConfig> {
         let mut config = match &self.config {
             None => TransportConfig::default(),
@@ -78,32 +79,33 @@ impl TransportArgs {
             }
         };
         config.bind = bind;
-        config.datapath = self.datapath;
+        self.override_settings(&mut config);
+        Ok(config)
+    }
+
+    fn override_settings(&self, config: &mut TransportConfig) {
+        fn set<T: Copy>(setting: &mut T, flag: Option<T>) {
+            *setting = flag.unwrap_or(*setting);
+        }
+        set(&mut config.datapath, self.datapath);
+        set(&mut config.shards, self.queues);
+        set(&mut config.first_queue, self.first_queue);
+        set(&mut config.congestion_control, self.cc);
+        set(&mut config.crypto_provider, self.crypto_provider);
+        set(&mut config.mtu_upper_bound_bytes, self.udp_payload);
+        set(&mut config.busy_poll, self.busy_poll);
+        set(&mut config.spin_us, self.spin_us);
+        if !self.cores.is_empty() {
+            config.cores.clone_from(&self.cores);
+        }
         if self.iface.is_some() {
             config.interface.clone_from(&self.iface);
-        }
-        config.shards = self.queues;
-        config.first_queue = self.first_queue;
-        config.cores.clone_from(&self.cores);
-        config.congestion_control = self.cc;
-        if let Some(choice) = self.crypto_provider {
-            config.crypto_provider = choice;
-        }
-        if self.udp_payload != 0 {
-            config.mtu_upper_bound_bytes = self.udp_payload;
-        }
-        if let Some(busy_poll) = self.busy_poll {
-            config.busy_poll = busy_poll;
-        }
-        if let Some(spin_us) = self.spin_us {
-            config.spin_us = spin_us;
         }
         config.allow_skb_mode |= self.allow_skb;
         config.require_zero_copy |= self.zero_copy;
         if self.qlog_dir.is_some() {
             config.qlog_dir.clone_from(&self.qlog_dir);
         }
-        Ok(config)
     }
 
     /// Who seals packets: the flag, else the file, else `auto`.
@@ -171,4 +173,87 @@ pub fn busy_shares(before: &[ShardStats], now: &[ShardStats], seconds: f64) -> V
             (busy_ns as f64 / 1e9 / seconds).min(1.0)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        transport: TransportArgs,
+    }
+
+    fn transport(flags: &[&str], file: Option<&str>) -> TransportConfig {
+        static FILES: AtomicU32 = AtomicU32::new(0);
+        // Relaxed: only uniqueness matters.
+        let number = FILES.fetch_add(1, Ordering::Relaxed);
+        let name = format!("stoq-flags-{}-{number}.toml", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let mut line: Vec<String> = vec!["stoq".into()];
+        line.extend(flags.iter().map(ToString::to_string));
+        if let Some(text) = file {
+            std::fs::write(&path, text).expect("written");
+            line.extend(["--config".into(), path.display().to_string()]);
+        }
+        let bind = "[::1]:4433".parse().expect("an address");
+        let config = Cli::parse_from(line).transport.transport(bind);
+        if file.is_some() {
+            std::fs::remove_file(&path).expect("just written");
+        }
+        config.expect("valid")
+    }
+
+    const FILE: &str = "datapath = 'socket'\nshards = 3\nfirst_queue = 2\ncores = [5, 6, 7]\n\
+                        congestion_control = 'cubic'\nmtu_upper_bound_bytes = 1400\nspin_us = 7\n\
+                        interface = 'eth7'\nallow_skb_mode = true\nrequire_zero_copy = true\n\
+                        failover = false\n";
+
+    #[test]
+    fn without_flags_the_file_stands() {
+        let mut expected = TransportConfig::from_toml(FILE).expect("valid");
+        expected.bind = "[::1]:4433".parse().expect("an address");
+        assert_eq!(transport(&[], Some(FILE)), expected);
+        let defaults = TransportConfig { bind: expected.bind, ..TransportConfig::default() };
+        assert_eq!(transport(&[], None), defaults);
+    }
+
+    #[test]
+    fn a_flag_that_is_given_wins() {
+        let flags = [
+            "--datapath",
+            "io_uring",
+            "--queues",
+            "2",
+            "--first-queue",
+            "1",
+            "--cores",
+            "8,9",
+            "--cc",
+            "bbr3",
+            "--udp-payload",
+            "1300",
+            "--spin-us",
+            "0",
+            "--iface",
+            "eth8",
+        ];
+        let config = transport(&flags, Some(FILE));
+        assert_eq!(config.datapath, DatapathChoice::IoUring);
+        assert_eq!((config.shards, config.first_queue, config.spin_us), (2, 1, 0));
+        assert_eq!(config.cores, [8, 9]);
+        assert_eq!(config.congestion_control, CongestionControl::Bbr3);
+        assert_eq!(
+            (config.mtu_upper_bound_bytes, config.interface.as_deref()),
+            (1300, Some("eth8"))
+        );
+        assert!(!config.failover, "what has no flag is the file's");
+        let one = transport(&["--cc", "newreno"], Some(FILE));
+        assert_eq!((one.congestion_control, one.shards), (CongestionControl::NewReno, 3));
+    }
 }

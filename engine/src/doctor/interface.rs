@@ -240,6 +240,20 @@ impl Interface {
                 format!("spread /proc/irq/*/smp_affinity of {name} over the shards' cores"),
             );
         }
+        // A software device hashes nothing: its queues are the sender's.
+        if af_xdp && self.class != DeviceClass::Virtual && self.queues.0 > 1 {
+            add(
+                format!(
+                    "{name}: RSS may spread packets over all {} queues; those of a queue without a \
+                     shard take the kernel's way",
+                    self.queues.0
+                ),
+                format!(
+                    "ethtool -X {name} start FIRST_QUEUE equal SHARDS (or setup-nic.sh {name} --shards \
+                     SHARDS), unless there is a shard for each; ethtool -x {name} shows it"
+                ),
+            );
+        }
         if af_xdp && self.napi_threaded == Some(false) {
             add(
                 format!("{name}: NAPI runs on whichever core sends or is interrupted"),
@@ -403,6 +417,7 @@ mod tests {
         };
         let xdp = text(true);
         assert!(xdp.contains("rx-lro off") && xdp.contains("threaded"), "{xdp}");
+        assert!(xdp.contains("ethtool -X eth9 start"), "{xdp}");
         assert!(!xdp.contains("tx-udp-segmentation"));
         let sockets = text(false);
         assert!(sockets.contains("tx-udp-segmentation on"), "{sockets}");

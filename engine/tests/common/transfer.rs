@@ -98,9 +98,14 @@ impl Transfer {
     /// Connects and starts the download.
     #[must_use]
     pub fn start(server: Engine, client: Engine) -> Self {
+        Self::start_to(server.local_addr(), server, client)
+    }
+
+    /// The same through a relay at `address`.
+    #[must_use]
+    pub fn start_to(address: SocketAddrV6, server: Engine, client: Engine) -> Self {
         let (server, client) = (Arc::new(server), Arc::new(client));
         let (received, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let address = server.local_addr();
         let sender = spawn_end({
             let (server, stop) = (server.clone(), stop.clone());
             move || pollster::block_on(serve(&server, &stop))

@@ -14,8 +14,8 @@ use crate::workspace::{Target, Workspace};
 
 /// The profile of everything that tests run.
 pub(crate) const PROFILE: &str = "test-fast";
-/// The feature that switches on tests that need root.
-const PRIVILEGED_FEATURE: &str = "privileged-tests";
+/// Features under test: that which switches on tests that need root, and tokio's traits.
+const TESTED_FEATURES: [&str; 2] = ["privileged-tests", "tokio"];
 /// How long compiling may take.
 pub(crate) const BUILD_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// How long one test executable may take.
@@ -57,8 +57,12 @@ pub(crate) fn common_arguments(workspace: &Workspace) -> Vec<String> {
     let features: Vec<String> = workspace
         .packages
         .iter()
-        .filter(|package| package.features.contains_key(PRIVILEGED_FEATURE))
-        .map(|package| format!("{}/{PRIVILEGED_FEATURE}", package.name))
+        .flat_map(|package| {
+            TESTED_FEATURES
+                .into_iter()
+                .filter(|feature| package.features.contains_key(*feature))
+                .map(|feature| format!("{}/{feature}", package.name))
+        })
         .collect();
     if !features.is_empty() {
         arguments.push("--features".into());
@@ -162,7 +166,7 @@ mod tests {
     fn workspace() -> Workspace {
         Workspace::parse(
             r#"{"workspace_root":"/w","target_directory":"/w/target","packages":[
-                {"name":"stoq","manifest_path":"/w/engine/Cargo.toml","features":{"privileged-tests":[]},"targets":[]},
+                {"name":"stoq","manifest_path":"/w/engine/Cargo.toml","features":{"privileged-tests":[],"tokio":[]},"targets":[]},
                 {"name":"xtask","manifest_path":"/w/xtask/Cargo.toml","features":{},"targets":[]}]}"#,
         )
         .unwrap()
@@ -172,7 +176,7 @@ mod tests {
     fn one_set_of_features_for_all() {
         assert_eq!(
             common_arguments(&workspace()).join(" "),
-            "--workspace --profile test-fast --features stoq/privileged-tests"
+            "--workspace --profile test-fast --features stoq/privileged-tests,stoq/tokio"
         );
     }
 

@@ -71,10 +71,7 @@ pub struct Args {
 
 impl Args {
     fn udp_payload(&self) -> u16 {
-        match self.transport.udp_payload {
-            0 => UDP_PAYLOAD_BYTES,
-            bytes => bytes,
-        }
+        self.transport.udp_payload.filter(|&bytes| bytes != 0).unwrap_or(UDP_PAYLOAD_BYTES)
     }
 }
 
@@ -159,10 +156,16 @@ fn start_server(args: &Args) -> anyhow::Result<Server> {
     let transport = &args.transport;
     let mut flags: Vec<String> = ["--listen", "[::1]:0", "--alpn", "perf"].map(Into::into).into();
     let mut flag = |name: &str, value: String| flags.extend([name.to_owned(), value]);
-    flag("--queues", transport.queues.to_string());
+    if let Some(queues) = transport.queues {
+        flag("--queues", queues.to_string());
+    }
+    if let Some(cc) = transport.cc {
+        flag("--cc", cc.name().to_owned());
+    }
+    if let Some(datapath) = transport.datapath {
+        flag("--datapath", datapath.to_string());
+    }
     flag("--udp-payload", args.udp_payload().to_string());
-    flag("--cc", transport.cc.name().to_owned());
-    flag("--datapath", transport.datapath.to_string());
     flag("--idle-timeout-ms", (args.keep_alive_ms * KEEP_ALIVES_PER_IDLE_TIMEOUT).to_string());
     flag("--connections-max", args.connections.to_string());
     if let Some(spin_us) = transport.spin_us {
