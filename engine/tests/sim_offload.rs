@@ -291,7 +291,7 @@ fn late_and_reordered_completions_carry_a_connection() {
     assert!(load(&seen[0].jobs) > 200, "{} jobs", load(&seen[0].jobs));
     assert!(load(&seen[0].packets) >= bytes / 1500, "{} packets", load(&seen[0].packets));
     assert!(load(&seen[0].overtaken) > 50, "{} overtaken", load(&seen[0].overtaken));
-    assert!(load(&seen[0].in_flight_max) > 4);
+    assert!(load(&seen[0].in_flight_max) >= 2);
     let (packets, shown) = *run.crossed.lock().unwrap();
     assert!(packets > bytes / 1500 && shown == 0, "{shown} of {packets} packets show the text");
     drop(run);
