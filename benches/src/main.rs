@@ -6,6 +6,7 @@
 mod ca;
 mod client;
 mod compare;
+mod congestion;
 mod doctor;
 mod engine;
 mod get;
@@ -50,6 +51,8 @@ enum Command {
     Perf(perf::Args),
     /// Measure against other stacks: interleaved, pinned alike, medians.
     Compare(compare::Args),
+    /// Write the figures of docs/congestion.md, from the simulator.
+    Congestion(congestion::Args),
     /// Run a scenario file in virtual time.
     Sim(sim::Args),
 }
@@ -65,6 +68,7 @@ fn main() -> std::process::ExitCode {
         Command::Get(args) => get::run(&args).map(done),
         Command::Ca(args) => ca::run(&args).map(done),
         Command::Perf(args) => perf::run(args).map(done),
+        Command::Congestion(args) => congestion::run(&args),
         Command::Sim(args) => sim::run(&args),
     };
     match result {

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::net::SocketAddrV6;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -17,12 +18,13 @@ use stoq::engine::Engine;
 use stoq::error::ConnectionError;
 use stoq::{Dir, StreamId, VarInt};
 use stoq_measure::cpu::rss_bytes;
-use stoq_measure::wire::DatagramSink;
+use stoq_measure::wire::{self, DatagramSink};
 
 use crate::ca::EnrolArgs;
 use crate::engine::{TransportArgs, datapath_words, stats_json, turns_json, xdp_json};
 use crate::hq::{FileChunk, FileReaders, HqStream};
 use crate::output;
+use crate::perf::handles::HandleServer;
 use crate::perf::server::PerfStream;
 use crate::tls;
 
@@ -59,6 +61,9 @@ pub struct Args {
     /// Connections that each shard holds at most; further ones are refused.
     #[arg(long)]
     connections_max: Option<usize>,
+    /// Serve the perf protocol's streams with the async handles instead of code on the shards.
+    #[arg(long, conflicts_with = "www")]
+    handles: bool,
     #[command(flatten)]
     enrol: EnrolArgs,
     #[command(flatten)]
@@ -81,11 +86,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1])
         .context("installing signal handlers")?;
     let readers = args.www.as_deref().map(FileReaders::start).transpose()?;
+    let perf_only = [String::from_utf8_lossy(wire::ALPN).into_owned()];
     let config = args.transport()?;
     let server = tls::server(&tls::ServerOptions {
         listen: args.listen,
         names: &args.names,
-        alpn: &args.alpn,
+        alpn: if args.handles { &perf_only } else { &args.alpn },
         cert: args.cert.as_deref(),
         key: args.key.as_deref(),
         packet_crypto: config.crypto_provider,
@@ -94,13 +100,21 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     })?;
     // Renews the certificate for as long as we serve.
     let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
-    let engine = Engine::builder()
+    let mut builder = Engine::builder()
         .config(config)
         .server(server.crypto())
-        .app(move |_shard| Service { readers: readers.clone(), ..Service::default() })
-        .start()?;
+        .rotation(server.identity().clone());
+    if !args.handles {
+        builder =
+            builder.app(move |_shard| Service { readers: readers.clone(), ..Service::default() });
+    }
+    let engine = Arc::new(builder.start()?);
+    let handles = args.handles.then(|| HandleServer::start(engine.clone())).transpose();
+    let handles = handles.context("starting the thread that accepts")?;
     announce(args, &engine)?;
     wait_for_end(args, signals, &engine)?;
+    drop(handles);
+    let engine = Arc::into_inner(engine).expect("the accepting thread, which shared it, has ended");
     let xdp = xdp_json(&engine)?;
     let stats = engine.stats();
     let report = engine.shutdown_blocking(SHUTDOWN_GRACE, VarInt::from_u32(0), b"server stops");

@@ -121,6 +121,17 @@ fn requests_in_a_closed_loop_and_at_a_rate() {
 }
 
 #[test]
+fn the_server_with_handles_does_the_same() {
+    let server = Server::start(&["serve", "--listen", "[::1]:0", "--handles"]);
+    for workload in ["upload", "download", "bidi"] {
+        assert!(perf(&server, &[workload])["bytes"].as_u64() > Some(1_000_000), "{workload}");
+    }
+    let done = perf(&server, &["requests", "--connections", "3", "--outstanding", "4"]);
+    assert!(done["ops"].as_u64() > Some(10), "{done}");
+    assert_latencies(&done);
+}
+
+#[test]
 fn full_handshakes_use_no_ticket_and_resumed_ones_do() {
     let server = Server::start(&["serve", "--listen", "[::1]:0"]);
     let full = perf(&server, &["handshakes", "--outstanding", "4"]);

@@ -18,6 +18,7 @@ use quinn_proto::VarInt;
 use quinn_proto::crypto;
 
 use crate::app::ShardApp;
+use crate::certs::RotatingIdentity;
 use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::datapath::af_xdp::AfXdp;
@@ -120,6 +121,7 @@ pub struct Builder {
     identity: QuicIdentity,
     app: Option<AppFactory>,
     seal_provider: Option<Arc<dyn SealProvider>>,
+    rotation: Option<Arc<RotatingIdentity>>,
 }
 
 impl Builder {
@@ -178,12 +180,20 @@ impl Builder {
         self
     }
 
+    /// Shows how this identity fares in the statistics and the exported metrics. It does not renew it:
+    /// [`ServerTls::spawn_maintenance`](crate::certs::ServerTls::spawn_maintenance) does.
+    #[must_use]
+    pub fn rotation(mut self, identity: Arc<RotatingIdentity>) -> Self {
+        self.rotation = Some(identity);
+        self
+    }
+
     /// Opens the datapath and starts the shards.
     ///
     /// # Errors
     /// A setting, the datapath, a core or the system refused; nothing is left behind.
     pub fn start(self) -> Result<Engine, StartError> {
-        let Self { config, mut identity, app, seal_provider } = self;
+        let Self { config, mut identity, app, rotation, seal_provider } = self;
         config.validate()?;
         let mut secret = [0; 64];
         aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
@@ -218,6 +228,7 @@ impl Builder {
             siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
             cores: placement.cores,
             config: Arc::new(config),
+            rotation,
             identity,
             app,
             seal_provider,
@@ -251,6 +262,7 @@ struct Starter {
     metrics: Vec<Arc<ShardMetrics>>,
     /// Where packet memory shall lie.
     node: Option<usize>,
+    rotation: Option<Arc<RotatingIdentity>>,
 }
 
 impl Starter {
@@ -283,6 +295,7 @@ impl Starter {
             rates: Mutex::default(),
             cids: self.siblings.cids,
             exporter: None,
+            rotation: self.rotation,
         };
         // An engine that started in part is dropped here, which ends its shards.
         result?;
@@ -417,6 +430,7 @@ pub struct Engine {
     rates: Mutex<RateWindow>,
     cids: Cids,
     exporter: Option<MetricsServer>,
+    rotation: Option<Arc<RotatingIdentity>>,
 }
 
 impl Engine {
@@ -608,14 +622,17 @@ impl Engine {
     #[must_use]
     pub fn transport_stats(&self) -> TransportStats {
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        rates.read(std::time::Instant::now(), self.metrics.iter().map(Arc::as_ref))
+        let mut stats = rates.read(std::time::Instant::now(), self.metrics.iter().map(Arc::as_ref));
+        stats.rotation = self.rotation.as_deref().map(RotatingIdentity::status);
+        stats
     }
 
     /// The statistics as Prometheus text, as `metrics_address` serves them.
     #[must_use]
     pub fn prometheus(&self) -> String {
         let shards = self.metrics.iter().map(Arc::as_ref);
-        prometheus::render(shards, &SteeringHandle::published(self.steering.as_ref()))
+        let steered = SteeringHandle::published(self.steering.as_ref());
+        prometheus::render(shards, &steered, self.rotation.as_deref())
     }
 
     /// Where metrics are served, when `metrics_address` asked for it.
@@ -627,10 +644,11 @@ impl Engine {
     fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
         let Some(address) = address else { return Ok(self) };
         let metrics = self.metrics.clone();
-        let steering = self.steering.clone();
+        let (steering, rotation) = (self.steering.clone(), self.rotation.clone());
         let render = move || {
             let shards = metrics.iter().map(Arc::as_ref);
-            prometheus::render(shards, &SteeringHandle::published(steering.as_ref()))
+            let steered = SteeringHandle::published(steering.as_ref());
+            prometheus::render(shards, &steered, rotation.as_deref())
         };
         let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {
             StartError::System { what: "listener for metrics (`metrics_address`)", source }

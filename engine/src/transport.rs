@@ -177,7 +177,7 @@ impl StoqTransport {
     pub fn new(config: TransportConfig) -> Result<Self, StartError> {
         config.validate()?;
         let tls = tls::build(&config)?;
-        let mut transport = Self::with_tls(config, tls.server, tls.client)?;
+        let mut transport = Self::build(config, tls.server, tls.client, tls.identity.clone())?;
         transport.identity = tls.identity;
         transport.maintenance = tls.maintenance;
         Ok(transport)
@@ -194,6 +194,15 @@ impl StoqTransport {
         server: Option<Arc<dyn crypto::ServerConfig>>,
         client: Option<Arc<dyn crypto::ClientConfig>>,
     ) -> Result<Self, StartError> {
+        Self::build(config, server, client, None)
+    }
+
+    fn build(
+        config: TransportConfig,
+        server: Option<Arc<dyn crypto::ServerConfig>>,
+        client: Option<Arc<dyn crypto::ClientConfig>>,
+        rotation: Option<Arc<RotatingIdentity>>,
+    ) -> Result<Self, StartError> {
         let (enable_zero_copy, send_datagrams) = (config.enable_zero_copy, config.send_datagrams);
         let message_size_max = config.message_size_max;
         let shutdown_grace = Duration::from_millis(config.shutdown_grace_ms);
@@ -203,6 +212,9 @@ impl StoqTransport {
         }
         if let Some(client) = client {
             builder = builder.client(client);
+        }
+        if let Some(identity) = rotation {
+            builder = builder.rotation(identity);
         }
         Ok(Self {
             engine: builder.start()?,

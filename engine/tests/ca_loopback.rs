@@ -302,3 +302,41 @@ fn garbage_is_refused_and_harms_nobody() {
     assert!(error.to_string().contains("not entitled"), "{error}");
     let _implements: &dyn CertificateAuthority = &*remote;
 }
+
+#[test]
+fn statistics_and_metrics_tell_how_a_certificate_fares() {
+    let _watchdog = Watchdog::new("statistics_and_metrics_tell_how_a_certificate_fares");
+    let clock = sim_clock();
+    let identity = RotatingIdentity::self_signed(node("a.example"))
+        .clock(clock.clone())
+        .start()
+        .expect("made");
+    let tls = ServerTls::builder()
+        .identity(identity.clone())
+        .clock(clock.clone())
+        .alpn(["t"])
+        .build()
+        .expect("TLS");
+    let engine = Engine::builder()
+        .config(pair::config())
+        .server(tls.crypto())
+        .rotation(identity.clone())
+        .start()
+        .expect("starts");
+    assert_eq!(engine.transport_stats().rotation, Some(identity.status()));
+    let first = identity.status();
+    clock.set(first.next_renewal.expect("planned"));
+    identity.poll(clock.now());
+    let status = engine.transport_stats().rotation.expect("given");
+    assert!(status.serial != first.serial && status.renewals == 1, "{status:?}");
+    let end = status.not_after.expect("served").duration_since(SystemTime::UNIX_EPOCH);
+    let text = engine.prometheus();
+    for line in [
+        format!("stoq_certificate_not_after_seconds {}", end.expect("after 1970").as_secs()),
+        "stoq_certificate_renewals_total 1".to_owned(),
+        "stoq_certificate_alarms_total 0".to_owned(),
+        "stoq_certificate_faults_total{fault=\"expired\"} 0".to_owned(),
+    ] {
+        assert!(text.lines().any(|each| each == line), "{line} is not in\n{text}");
+    }
+}

@@ -1,6 +1,8 @@
 //! Runs every example as its header says, in this process.
 #![allow(dead_code, clippy::duplicate_mod)]
 
+#[path = "../examples/congestion_cost.rs"]
+mod congestion_cost;
 #[path = "../examples/datagrams.rs"]
 mod datagrams;
 #[path = "../examples/echo.rs"]
@@ -13,6 +15,11 @@ mod file_transfer;
 mod on_shard_service;
 #[path = "../examples/pool.rs"]
 mod pool;
+
+#[test]
+fn congestion_control_runs_without_a_network() {
+    congestion_cost::main();
+}
 
 #[test]
 fn datagrams_arrive() {

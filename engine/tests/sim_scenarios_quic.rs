@@ -316,7 +316,8 @@ fn random_loss(file: &str, loss: f64, least: f64) {
 
 #[test]
 fn s17_a_loss_in_a_thousand() {
-    random_loss("17-loss-0.1pct-bbr2", 0.001, 0.95);
+    // 0.95 is more than the draft's own terms leave: see the file.
+    random_loss("17-loss-0.1pct-bbr2", 0.001, 0.94);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod cpu;
 mod demo;
 mod ebpf;
 mod fuzz;
+mod instructions;
 mod interrupt;
 mod machine;
 mod netns;
@@ -51,6 +52,8 @@ enum Cmd {
     Fuzz(fuzz::FuzzArgs),
     /// Measure bulk transfers over a veth pair.
     Bench(bench::BenchArgs),
+    /// Count instructions of fixed scenarios and compare with the committed baselines.
+    Instructions(instructions::InstructionsArgs),
     /// Measure STOQ against other stacks.
     Compare(compare::CompareArgs),
 }
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Cmd::Ci => test::run(&test::TestArgs::ci()),
         Cmd::Fuzz(args) => fuzz::run(&args).map(done),
         Cmd::Bench(args) => bench::run(&args).map(done),
+        Cmd::Instructions(args) => instructions::run(&args).map(done),
         Cmd::Compare(args) => compare::run(&args).map(done),
     };
     match result {

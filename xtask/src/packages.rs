@@ -171,6 +171,16 @@ const VALGRIND: Need = need(
     "counts instructions in the performance gate",
     ["valgrind", "valgrind", "valgrind", "valgrind", "valgrind"],
 );
+const PEBBLE: Need = need(
+    Probe::Program("pebble"),
+    "is the CA of the ACME tests",
+    ["pebble", "pebble", "pebble", "pebble", "pebble"],
+);
+const OPENSSL: Need = need(
+    Probe::Program("openssl"),
+    "verifies our certificates in the tests",
+    ["openssl", "openssl", "openssl", "openssl", "openssl"],
+);
 
 const IPSEC_MB: Need = need(
     Probe::SharedLibrary("libIPSec_MB.so.1"),
@@ -198,7 +208,7 @@ pub(crate) fn test_needs(workspace: &Workspace) -> Vec<Need> {
     if workspace.package("stoq-interop").is_some() {
         needs.extend([CMAKE, CXX]);
     }
-    needs.push(VALGRIND);
+    needs.extend([VALGRIND, OPENSSL, PEBBLE]);
     needs
 }
 

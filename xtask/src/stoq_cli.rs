@@ -101,7 +101,8 @@ pub(crate) struct Done {
     pub(crate) goodput_bps: f64,
     /// Median round-trip time.
     pub(crate) rtt_us_p50: f64,
-    /// Packets lost.
+    /// Packets lost; null where nobody counts them (`perf raw`).
+    #[serde(deserialize_with = "null_is_zero")]
     pub(crate) packets_lost: u64,
     /// Packets received, by `perf raw`.
     pub(crate) packets: u64,
@@ -111,6 +112,11 @@ pub(crate) struct Done {
     pub(crate) mode: String,
     /// Counters of the XDP program, or null.
     pub(crate) xdp: Value,
+}
+
+/// A count that is null where nobody counts.
+fn null_is_zero<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// A file that `get` has written.
@@ -456,6 +462,9 @@ mod tests {
             "goodput_bps":3,"rtt_us_p50":4,"packets_lost":5,"datapath":"socket","mode":"gso+gro","xdp":null}"#;
         let Ok(Event::Done(done)) = parse(line) else { panic!("no done event") };
         assert_eq!((done.files[0].bytes, done.packets_lost), (1, 5));
+        let line = r#"{"event":"done","workload":"raw","bytes":7,"packets":4900812,"packets_lost":null}"#;
+        let Ok(Event::Done(done)) = parse(line) else { panic!("no done event of raw") };
+        assert_eq!((done.packets, done.packets_lost), (4_900_812, 0));
         assert!(matches!(parse(r#"{"event":"new"}"#), Ok(Event::Other)));
         assert!(parse("ready").unwrap_err().contains("ready"));
         assert!(parse(r#"{"event":"progress"}"#).is_err());

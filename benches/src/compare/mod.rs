@@ -262,7 +262,7 @@ impl Comparison {
             is_stoq: stack.is_stoq(),
             round,
             probe_ns: [before, after],
-            near: before.max(after) < args.near_ns,
+            near: [before, after].iter().all(|ns| ns.is_some_and(|ns| ns < args.near_ns)),
             ending,
         })
     }
@@ -424,10 +424,12 @@ fn tell(record: &Record, number: usize, total: usize) {
         Ending::Unsupported(why) => format!("cannot: {why}"),
         Ending::Failed(why) => format!("failed: {why}"),
     };
-    let [before, after] = record.probe_ns;
+    let [before, after] = record
+        .probe_ns
+        .map(|ns| ns.map_or_else(|| "no reading".to_owned(), |ns| format!("{ns:.0} ns")));
     let near = if record.near { "near" } else { "far" };
     eprintln!(
-        "[{number}/{total}] round {} {:<12} {:<14} {result}  ({near}: {before:.0} and {after:.0} ns)",
+        "[{number}/{total}] round {} {:<12} {:<14} {result}  ({near}: {before}, {after})",
         record.round, record.workload, record.stack
     );
 }

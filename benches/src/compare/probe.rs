@@ -5,7 +5,7 @@
 //! apart by its latency, never by their throughput.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Release};
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -19,13 +19,14 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// What the partner sees at the end.
 const STOP: u64 = u64::MAX;
 
-/// One-way latency from core to core, nanoseconds: the smallest of many readings.
+/// One-way latency from core to core, nanoseconds: the smallest of many readings. `None` when
+/// others hold a core all the time.
 ///
 /// # Errors
-/// A core is not ours to use, or somebody else holds it all the time.
-pub fn core_to_core_ns(cores: [usize; 2]) -> anyhow::Result<f64> {
+/// A core is not ours to use.
+pub fn core_to_core_ns(cores: [usize; 2]) -> anyhow::Result<Option<f64>> {
     if cores[0] == cores[1] {
-        return Ok(0.0);
+        return Ok(Some(0.0));
     }
     // Even values are the prober's to advance, odd ones the partner's.
     let ball = Arc::new(AtomicU64::new(0));
@@ -45,11 +46,14 @@ pub fn core_to_core_ns(cores: [usize; 2]) -> anyhow::Result<f64> {
     };
     let prober = {
         let ball = ball.clone();
-        std::thread::spawn(move || pin(cores[0]).and_then(|()| probe(&ball)))
+        std::thread::spawn(move || pin(cores[0]).map(|()| probe(&ball)))
     };
     let probed = prober.join().map_err(|_panic| anyhow::anyhow!("the probe panicked"))?;
-    // AcqRel: whatever the partner does with the ball now, it sees the end next.
-    while ball.swap(STOP, AcqRel) != STOP && !partner.is_finished() {}
+    // The partner may be between its load and its store, and so overwrite the end: say it again.
+    while !partner.is_finished() {
+        ball.store(STOP, Release);
+        std::thread::yield_now();
+    }
     partner.join().map_err(|_panic| anyhow::anyhow!("the probe's partner panicked"))??;
     probed
 }
@@ -60,7 +64,7 @@ fn pin(core: usize) -> anyhow::Result<()> {
     sched_setaffinity(None, &set).map_err(|error| anyhow::anyhow!("core {core}: {error}"))
 }
 
-fn probe(ball: &AtomicU64) -> anyhow::Result<f64> {
+fn probe(ball: &AtomicU64) -> Option<f64> {
     let began = Instant::now();
     let mut best = f64::INFINITY;
     let mut value = 0;
@@ -73,15 +77,14 @@ fn probe(ball: &AtomicU64) -> anyhow::Result<f64> {
             while ball.load(Acquire) != value {
                 std::hint::spin_loop();
                 spins += 1;
-                anyhow::ensure!(
-                    !spins.is_multiple_of(65_536) || began.elapsed() < TIMEOUT,
-                    "the core-to-core probe got no answer: is a core taken?"
-                );
+                if spins.is_multiple_of(65_536) && began.elapsed() >= TIMEOUT {
+                    return best.is_finite().then_some(best);
+                }
             }
         }
         best = best.min(start.elapsed().as_nanos() as f64 / CROSSINGS as f64);
     }
-    Ok(best)
+    Some(best)
 }
 
 #[cfg(test)]
@@ -94,9 +97,11 @@ mod tests {
         let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
         if let [first, second, ..] = cores[..] {
             let ns = core_to_core_ns([first, second]).expect("both are ours");
+            // On a busy machine there may be no reading at all.
+            let ns = ns.unwrap_or(50.0);
             assert!(ns > 1.0 && ns < 1e6, "{ns} ns");
         }
-        assert_eq!(core_to_core_ns([cores[0]; 2]).expect("one core"), 0.0);
+        assert_eq!(core_to_core_ns([cores[0]; 2]).expect("one core"), Some(0.0));
         assert!(core_to_core_ns([cores[0], CpuSet::MAX_CPU - 1]).is_err());
     }
 }

@@ -31,8 +31,8 @@ pub struct Record {
     pub is_stoq: bool,
     /// The round, from 1.
     pub round: u32,
-    /// Core-to-core latency before and after, ns.
-    pub probe_ns: [f64; 2],
+    /// Core-to-core latency before and after, ns; `None`: others held a core all the time.
+    pub probe_ns: [Option<f64>; 2],
     /// Whether the cores were near each other before and after.
     pub near: bool,
     /// How it ended.
@@ -211,7 +211,7 @@ pub mod tests {
             stack: stack.into(),
             is_stoq: stack.starts_with("stoq"),
             round,
-            probe_ns: [40.0, 41.0],
+            probe_ns: [Some(40.0), Some(41.0)],
             near,
             ending: Ending::Done(serde_json::from_value(outcome).expect("an outcome")),
         }

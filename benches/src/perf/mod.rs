@@ -2,6 +2,7 @@
 
 pub mod bulk;
 pub mod datagrams;
+pub mod handles;
 pub mod handshakes;
 pub mod idle;
 pub mod raw;

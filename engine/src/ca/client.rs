@@ -10,7 +10,7 @@ use rustls_pki_types::CertificateDer;
 
 use super::block_on::block_on;
 use crate::certs::trustchain::{
-    BODY_SIZE_BYTES_MAX, TRUSTCHAIN_ALPN, TrustchainAuthority, TrustchainTransport,
+    BODY_SIZE_BYTES_MAX, Message, TRUSTCHAIN_ALPN, TrustchainAuthority, TrustchainTransport,
 };
 use crate::certs::{
     CaError, CertificateAuthority, CertificateFault, CertificateRequest, CertsError, ClientTls,
@@ -83,6 +83,15 @@ impl RemoteCa {
         Ok(Arc::new(Self { authority, link }))
     }
 
+    /// Gives it another one-time token, for a node whose certificate has expired: the next attempt
+    /// enrols anew.
+    ///
+    /// # Errors
+    /// The token is not hexadecimal.
+    pub fn set_token(&self, token: &str) -> Result<(), CertsError> {
+        self.authority.set_token(token)
+    }
+
     /// The keys that this node shares with all machines of its DNS names
     /// ([`TrustchainAuthority::shared_keys`]).
     ///
@@ -127,7 +136,7 @@ impl TrustchainTransport for Carrier {
 
 impl Link {
     fn exchange(&self, request: &[u8]) -> Result<Vec<u8>, CaError> {
-        let tls = self.tls().map_err(CaError::internal)?;
+        let tls = self.tls(Message::is_enrolment(request)).map_err(CaError::internal)?;
         let engine = Engine::builder()
             .config(self.transport())
             .client(tls.crypto())
@@ -164,14 +173,14 @@ impl Link {
         Ok(answer)
     }
 
-    /// Shows the current certificate, if there is one.
-    fn tls(&self) -> Result<ClientTls, CertsError> {
+    /// Shows the current certificate, if there is one and it is asked for.
+    fn tls(&self, enrols: bool) -> Result<ClientTls, CertsError> {
         let builder = ClientTls::builder()
             .trust(Arc::clone(&self.trust))
             .clock(Arc::clone(&self.config.clock))
             .alpn([TRUSTCHAIN_ALPN]);
         let identity = self.identity.get().and_then(Weak::upgrade);
-        match identity.filter(|identity| identity.certified_key().is_some()) {
+        match identity.filter(|identity| !enrols && identity.certified_key().is_some()) {
             Some(identity) => builder.identity(identity).build(),
             None => builder.build(),
         }

@@ -1,6 +1,7 @@
 //! Who issues certificates: the seam between rotation and a CA.
 
 use std::sync::Weak;
+use std::time::{Duration, SystemTime};
 
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 
@@ -18,6 +19,17 @@ pub struct CertificateRequest<'a> {
     pub names: &'a IdentityNames,
 }
 
+/// When a CA wants a certificate renewed (RFC 9773, section 4.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RenewalWindow {
+    /// The earliest moment; in the past when the certificate must go at once.
+    pub start: SystemTime,
+    /// The latest moment.
+    pub end: SystemTime,
+    /// How long the wish is good for.
+    pub retry_after: Duration,
+}
+
 /// Something that turns requests into certificates.
 ///
 /// Calls may block (network, disk) and come from the maintenance thread, never from a shard. An
@@ -31,6 +43,16 @@ pub trait CertificateAuthority: Send + Sync {
         &self,
         request: &CertificateRequest<'_>,
     ) -> Result<Vec<CertificateDer<'static>>, CaError>;
+
+    /// When the CA wants the certificate `leaf` renewed, if it has a wish (RFC 9773). Asked after each
+    /// issue and again after [`RenewalWindow::retry_after`]. Default: none.
+    ///
+    /// # Errors
+    /// As [`Self::issue`]; the plan stays as it is.
+    fn renewal_window(&self, leaf: &CertificateDer<'_>) -> Result<Option<RenewalWindow>, CaError> {
+        let _unused = leaf;
+        Ok(None)
+    }
 
     /// Told once, before the first request, which identity it certifies. A CA that wants requests
     /// authenticated by the current certificate keeps the reference. Default: nothing.
@@ -46,7 +68,8 @@ pub(super) fn key_and_request(
     let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)
         .map_err(|error| CertsError::crypto("P-256 key generation", error))?;
     let mut params = rcgen::CertificateParams::default();
-    params.distinguished_name = subject();
+    // The names are in the alternative names alone; a CA gives the subject it likes.
+    params.distinguished_name = rcgen::DistinguishedName::new();
     params.subject_alt_names = alternative_names(names)?;
     let request = params
         .serialize_request(&key)

@@ -46,7 +46,8 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 pub struct LocalCaConfig {
     /// Life of a leaf. Default 24 hours.
     pub leaf_lifetime: Duration,
-    /// How far before the present validity starts, for peers with slow clocks. Default 5 minutes.
+    /// How far before the present validity starts, for peers with slow clocks; at most a tenth of the
+    /// certificate's life, so that a short one is not born old. Default 5 minutes.
     pub backdate: Duration,
     /// Life of the intermediate. Default 365 days.
     pub intermediate_lifetime: Duration,
@@ -490,7 +491,7 @@ fn profile(
     fill_random(&mut serial)?;
     let mut params = CertificateParams::default();
     params.serial_number = Some(SerialNumber::from_slice(&positive(&serial)));
-    params.not_before = (now - config.backdate).into();
+    params.not_before = (now - config.backdate.min(lifetime / 10)).into();
     params.not_after = (now + lifetime).into();
     params.use_authority_key_identifier_extension = true;
     Ok(params)

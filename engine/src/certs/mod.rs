@@ -1,7 +1,7 @@
 //! Identity: certificates that renew themselves, the CA that issues them, and TLS around both.
 //!
 //! ```text
-//! CertificateAuthority (LocalCa | yours) ─► RotatingIdentity ─► ServerTls / ClientTls ─► quinn-proto
+//! CertificateAuthority (LocalCa | RemoteCa | AcmeCa | yours) ─► RotatingIdentity ─► ServerTls / ClientTls ─► quinn-proto
 //!                                              TrustStore ──────────┘  (roots, CRLs, files watched)
 //! trustchain::TrustchainServer puts a CA behind a stream; TrustchainAuthority is its client
 //! MaintenanceThread polls: renewals, trust files, ticket keys      SharedKeys: resets, tokens, CIDs
@@ -12,6 +12,8 @@
 // Tests may unwrap; the build without tests keeps the lint on for everything else.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+#[cfg(feature = "acme")]
+pub mod acme;
 mod authority;
 mod ca_state;
 mod constraints;
@@ -41,7 +43,7 @@ pub mod trustchain;
 mod verify;
 mod wall_clock;
 
-pub use authority::{CertificateAuthority, CertificateRequest};
+pub use authority::{CertificateAuthority, CertificateRequest, RenewalWindow};
 pub use error::{CaError, CertsError};
 pub use fault::{CertificateFault, FaultCounters};
 pub use local_ca::{LocalCa, LocalCaConfig};

@@ -1,9 +1,12 @@
 //! Sessions remembered for resumption, forgotten when the trust changes.
 //!
 //! A resumed handshake verifies no certificate. So each store carries the fingerprint of the
-//! trust it was filled under, and starts empty under another: a revoked peer cannot resume.
+//! trust it was filled under, and starts empty under another: a revoked peer cannot resume. A client
+//! resumes nothing beyond the end of the certificate that it verified.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use rustls::NamedGroup;
 use rustls::client::{
@@ -13,6 +16,7 @@ use rustls::server::{ServerSessionMemoryCache, StoresServerSessions};
 use rustls_pki_types::ServerName;
 
 use super::trust::TrustStore;
+use super::wall_clock::WallClock;
 
 /// Servers that a client remembers sessions of.
 const CLIENT_SERVERS_MAX: usize = 1024;
@@ -35,9 +39,31 @@ struct Bound<T: ?Sized> {
     cache: Arc<T>,
 }
 
-/// A client's tickets, each used once.
+/// When the certificates end that a client's verifier accepted, by server.
+#[derive(Debug, Default)]
+pub(super) struct VerifiedEnds(Mutex<HashMap<ServerName<'static>, SystemTime>>);
+
+impl VerifiedEnds {
+    pub(super) fn record(&self, server: ServerName<'static>, not_after: SystemTime) {
+        let mut ends = self.0.lock().expect("no panic while locked");
+        if ends.len() >= CLIENT_SERVERS_MAX && !ends.contains_key(&server) {
+            // Forgotten servers are verified again: a full handshake, no harm.
+            ends.clear();
+        }
+        ends.insert(server, not_after);
+    }
+
+    fn is_current(&self, server: &ServerName<'static>, now: SystemTime) -> bool {
+        let ends = self.0.lock().expect("no panic while locked");
+        ends.get(server).is_some_and(|not_after| now <= *not_after)
+    }
+}
+
+/// A client's tickets, each used once, and not beyond the end of the server's certificate.
 pub(super) struct ClientSessions {
     trust: TrustSet,
+    ends: Option<Arc<VerifiedEnds>>,
+    clock: Arc<dyn WallClock>,
     bound: Mutex<Bound<ClientSessionMemoryCache>>,
 }
 
@@ -48,12 +74,17 @@ impl std::fmt::Debug for ClientSessions {
 }
 
 impl ClientSessions {
-    pub(super) fn new(trust: TrustSet) -> Self {
+    /// Sessions under `trust`; without `ends` nobody verified, and the ends do not matter.
+    pub(super) fn new(
+        trust: TrustSet,
+        ends: Option<Arc<VerifiedEnds>>,
+        clock: Arc<dyn WallClock>,
+    ) -> Self {
         let bound = Bound {
             fingerprint: trust.fingerprint(),
             cache: Arc::new(ClientSessionMemoryCache::new(CLIENT_SERVERS_MAX)),
         };
-        Self { trust, bound: Mutex::new(bound) }
+        Self { trust, ends, clock, bound: Mutex::new(bound) }
     }
 
     fn cache(&self) -> Arc<ClientSessionMemoryCache> {
@@ -100,6 +131,11 @@ impl ClientSessionStore for ClientSessions {
         &self,
         server_name: &ServerName<'static>,
     ) -> Option<Tls13ClientSessionValue> {
+        if let Some(ends) = &self.ends
+            && !ends.is_current(server_name, self.clock.now())
+        {
+            return None;
+        }
         self.cache().take_tls13_ticket(server_name)
     }
 }

@@ -32,7 +32,9 @@ use super::fault::{CertificateFault, FaultCounters};
 use super::local_ca::{LocalCa, LocalCaConfig};
 use super::maintenance::{MaintenanceThread, Periodic};
 use super::names::{CertificateSummary, IdentityNames};
-use super::schedule::{Alarm, BACKOFF_MAX, Backoff, Plan};
+use super::schedule::{
+    Alarm, BACKOFF_MAX, Backoff, Plan, WINDOW_ASK_MAX, WINDOW_ASK_MIN, WINDOW_ASK_RETRY,
+};
 use super::storage::{Access, replace_file};
 use super::trust::{FileStamp, TrustStore};
 use super::verify::check_own_chain;
@@ -126,6 +128,8 @@ struct Control {
     rng: StdRng,
     plan: Option<Plan>,
     next_attempt: SystemTime,
+    /// When the CA is asked for its renewal window again; `None` while it has none.
+    ask_window_at: Option<SystemTime>,
     backoff: Backoff,
     alarm_raised: Option<Alarm>,
     clock_behind_raised: bool,
@@ -256,6 +260,7 @@ impl IdentityBuilder {
                 rng,
                 plan: None,
                 next_attempt: now,
+                ask_window_at: None,
                 backoff: Backoff::default(),
                 alarm_raised: None,
                 clock_behind_raised: false,
@@ -423,6 +428,7 @@ impl RotatingIdentity {
             Source::Files { .. } => now + FILE_INTERVAL,
         };
         control.plan = Some(plan);
+        control.ask_window_at = Some(now);
         control.backoff.reset();
         control.alarm_raised = None;
         control.clock_behind_raised = false;
@@ -514,6 +520,34 @@ impl RotatingIdentity {
         control.plan.is_some_and(|plan| now < plan.not_before)
     }
 
+    /// Lets the CA move the renewal forward (RFC 9773).
+    fn ask_window(&self, control: &mut Control, now: SystemTime) {
+        let Source::Authority { ca, .. } = &self.source else { return };
+        let due = control.ask_window_at.is_some_and(|due| now >= due || due > now + WINDOW_ASK_MAX);
+        let (true, Some(mut plan)) = (due, control.plan) else { return };
+        let Some(current) = self.current.load_full() else { return };
+        let leaf = current.cert.first().expect("an installed chain has a leaf");
+        control.ask_window_at = match ca.renewal_window(leaf) {
+            Ok(None) => None,
+            Ok(Some(window)) => {
+                // A renewal that already failed keeps its own pace.
+                if control.next_attempt == plan.renew_at {
+                    plan.follow(&window, &mut control.rng);
+                    control.next_attempt = plan.renew_at;
+                    control.plan = Some(plan);
+                    let mut status = self.status();
+                    status.next_renewal = Some(control.next_attempt);
+                    self.status.store(Arc::new(status));
+                }
+                Some(now + window.retry_after.clamp(WINDOW_ASK_MIN, WINDOW_ASK_MAX))
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the CA did not say when it wants the certificate renewed");
+                Some(now + WINDOW_ASK_RETRY)
+            }
+        };
+    }
+
     fn raise_alarms(&self, control: &mut Control, now: SystemTime) {
         let Some(plan) = control.plan else { return };
         if now < plan.not_before && !control.clock_behind_raised {
@@ -547,7 +581,12 @@ impl RotatingIdentity {
                 .filter(|alarm| control.alarm_raised < Some(*alarm))
                 .map(move |alarm| plan.alarm_at(alarm))
         });
-        alarms.chain([control.next_attempt]).min().unwrap_or(now).max(now)
+        alarms
+            .chain([control.next_attempt])
+            .chain(control.ask_window_at)
+            .min()
+            .unwrap_or(now)
+            .max(now)
     }
 
     fn control(&self) -> MutexGuard<'_, Control> {
@@ -580,6 +619,7 @@ impl Periodic for RotatingIdentity {
         {
             self.note_failure(&mut control, &error, now);
         }
+        self.ask_window(&mut control, now);
         self.raise_alarms(&mut control, now);
         let deadline = self.next_deadline(&control, now);
         self.deliver(control);

@@ -3,6 +3,7 @@ use std::sync::atomic::AtomicBool;
 use rand::Rng;
 
 use super::*;
+use crate::certs::authority::RenewalWindow;
 use crate::certs::error::CaError;
 use crate::certs::storage::{Memory, Storage};
 use crate::certs::test_dir::TestDir;
@@ -352,4 +353,67 @@ fn the_thread_renews() {
         std::thread::sleep(Duration::from_millis(5));
     }
     drop(thread);
+}
+
+/// A CA that wants its certificates renewed early, from some moment on.
+struct Hasty {
+    ca: LocalCa,
+    window: Mutex<Result<Option<RenewalWindow>, ()>>,
+    asked: AtomicU64,
+}
+
+impl CertificateAuthority for Hasty {
+    fn issue(
+        &self,
+        request: &CertificateRequest<'_>,
+    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+        self.ca.issue(request)
+    }
+
+    fn renewal_window(&self, _leaf: &CertificateDer<'_>) -> Result<Option<RenewalWindow>, CaError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let window = *self.window.lock().unwrap();
+        window.map_err(|()| CaError::Unreachable { reason: "no route".to_owned() })
+    }
+}
+
+#[test]
+fn the_cas_renewal_window_moves_a_renewal_forward_only() {
+    let clock = clock();
+    let ca = LocalCa::in_memory(LocalCaConfig::default(), clock.clone()).unwrap();
+    let ca = Arc::new(Hasty { ca, window: Mutex::new(Err(())), asked: AtomicU64::new(0) });
+    let identity = RotatingIdentity::with_authority(ca.clone(), names())
+        .clock(clock.clone())
+        .jitter_seed(3)
+        .start()
+        .unwrap();
+    let planned = identity.status().next_renewal.unwrap();
+    // Nobody answers: the plan stands, and the question comes again.
+    identity.poll(clock.now());
+    assert_eq!(identity.status().next_renewal, Some(planned));
+    let late = RenewalWindow {
+        start: planned + HOUR,
+        end: planned + 2 * HOUR,
+        retry_after: Duration::from_secs(1800),
+    };
+    *ca.window.lock().unwrap() = Ok(Some(late));
+    clock.advance(7 * HOUR);
+    identity.poll(clock.now());
+    assert_eq!(identity.status().next_renewal, Some(planned), "never later than planned");
+    // An incident: certificates must go within the hour.
+    let soon = RenewalWindow { start: clock.now(), end: clock.now() + HOUR, ..late };
+    *ca.window.lock().unwrap() = Ok(Some(soon));
+    clock.advance(Duration::from_secs(1801));
+    identity.poll(clock.now());
+    let moved = identity.status().next_renewal.unwrap();
+    assert!(moved >= soon.start && moved < soon.end, "{moved:?}");
+    *ca.window.lock().unwrap() = Ok(None);
+    clock.set(moved.max(clock.now()));
+    identity.poll(clock.now());
+    assert_eq!(identity.status().renewals, 1);
+    assert_eq!(ca.asked.load(Ordering::SeqCst), 4);
+    // A CA without wishes is asked once for each certificate.
+    clock.advance(HOUR);
+    identity.poll(clock.now());
+    assert_eq!(ca.asked.load(Ordering::SeqCst), 4);
 }

@@ -4,8 +4,14 @@ use std::time::{Duration, SystemTime};
 
 use rand::Rng;
 
+use super::authority::RenewalWindow;
 use super::names::CertificateSummary;
 
+/// How often a CA is asked for its renewal window at most and at least (RFC 9773, section 4.3.1).
+pub(super) const WINDOW_ASK_MIN: Duration = Duration::from_secs(60);
+pub(super) const WINDOW_ASK_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// Wait after a question for the window that nobody answered.
+pub(super) const WINDOW_ASK_RETRY: Duration = Duration::from_secs(6 * 60 * 60);
 /// First wait after a failed renewal.
 const BACKOFF_MIN: Duration = Duration::from_secs(5);
 /// Longest wait between attempts.
@@ -29,6 +35,14 @@ impl Plan {
             not_after: certificate.not_after,
             renew_at: certificate.not_before + lifetime.mul_f64(share),
         }
+    }
+
+    /// Moves the renewal to a moment in the CA's window, if that comes before the plan; at once if the
+    /// window is over (RFC 9773, section 4.2).
+    pub(super) fn follow(&mut self, window: &RenewalWindow, rng: &mut impl Rng) {
+        let length = window.end.duration_since(window.start).unwrap_or_default();
+        let wish = window.start + length.mul_f64(rng.random_range(0.0..1.0));
+        self.renew_at = self.renew_at.min(wish);
     }
 
     fn lifetime(&self) -> Duration {

@@ -22,7 +22,7 @@ use super::fault::FaultCounters;
 use super::maintenance::{MaintenanceThread, Periodic};
 use super::names::IdentityNames;
 use super::provider::crypto_provider;
-use super::resumption::{ClientSessions, ServerSessions, TrustSet};
+use super::resumption::{ClientSessions, ServerSessions, TrustSet, VerifiedEnds};
 use super::rotation::RotatingIdentity;
 use super::session::{
     ObservedClientConfig, ObservedServerConfig, SessionContext, client_crypto, server_crypto,
@@ -485,7 +485,9 @@ impl ClientTlsBuilder {
         let (provider, packet_crypto) = self.common.provider()?;
         let clock = Arc::clone(&self.common.clock);
         let faults = Arc::new(FaultCounters::default());
-        let (verifier, trust) = self.verifier(&provider, &faults)?;
+        let ends = Arc::new(VerifiedEnds::default());
+        let (verifier, trust) = self.verifier(&provider, &faults, &ends)?;
+        let ends = (!self.danger_accept_any_server_certificate).then_some(ends);
         let mut tasks: Vec<Arc<dyn Periodic>> =
             trust.0.iter().map(|trust| Arc::clone(trust) as _).collect();
         let builder = rustls::ClientConfig::builder_with_details(
@@ -506,7 +508,8 @@ impl ClientTlsBuilder {
         };
         config.alpn_protocols = self.common.alpn.clone();
         config.enable_early_data = self.common.early_data;
-        config.resumption = rustls::client::Resumption::store(Arc::new(ClientSessions::new(trust)));
+        let sessions = ClientSessions::new(trust, ends, Arc::clone(&clock));
+        config.resumption = rustls::client::Resumption::store(Arc::new(sessions));
         if self.common.key_log {
             config.key_log = Arc::new(KeyLogFile::new());
         }
@@ -525,6 +528,7 @@ impl ClientTlsBuilder {
         &mut self,
         provider: &CryptoProvider,
         faults: &Arc<FaultCounters>,
+        ends: &Arc<VerifiedEnds>,
     ) -> Result<(Arc<dyn rustls::client::danger::ServerCertVerifier>, TrustSet), CertsError> {
         let algorithms = provider.signature_verification_algorithms;
         let faults = Arc::clone(faults);
@@ -558,7 +562,8 @@ impl ClientTlsBuilder {
         };
         let pinned = std::mem::take(&mut self.pinned);
         let set = TrustSet(trust.iter().chain(pinned.values()).cloned().collect());
-        Ok((Arc::new(ServerVerifier { trust, pinned, faults, algorithms }), set))
+        let ends = Arc::clone(ends);
+        Ok((Arc::new(ServerVerifier { trust, pinned, faults, algorithms, ends }), set))
     }
 }
 

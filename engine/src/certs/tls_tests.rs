@@ -565,3 +565,24 @@ fn a_node_may_name_only_itself() {
     let other = IdentityNames::new().with_client_id("x").unwrap();
     assert!(site.ca.issue(&CertificateRequest { csr: &csr, names: &other }).is_err());
 }
+
+#[test]
+fn no_session_outlives_the_certificate_that_was_verified() {
+    let clock = clock();
+    let server = server(&clock);
+    let client = client_of(&clock, &server).build().unwrap();
+    assert_eq!(kind(&client, &server), HandshakeKind::Full);
+    assert_eq!(kind(&client, &server), HandshakeKind::Resumed);
+    // Nobody renewed it. Minutes before its end the ticket still resumes, after it a full
+    // handshake finds out.
+    let end = server.identity().status().not_after.unwrap();
+    clock.set(end - Duration::from_secs(60));
+    assert_eq!(kind(&client, &server), HandshakeKind::Full, "the ticket keys are older than that");
+    assert_eq!(kind(&client, &server), HandshakeKind::Resumed);
+    clock.set(end + Duration::from_secs(60));
+    server.identity().poll(clock.now());
+    let renewed = server.identity().status().not_after.unwrap();
+    assert!(renewed > end);
+    assert_eq!(kind(&client, &server), HandshakeKind::Full);
+    assert_eq!(kind(&client, &server), HandshakeKind::Resumed);
+}

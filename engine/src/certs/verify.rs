@@ -13,6 +13,7 @@ use super::error::CertsError;
 use super::fault::{CertificateFault, FaultCounters};
 use super::names::CertificateSummary;
 use super::provider;
+use super::resumption::VerifiedEnds;
 use super::trust::TrustStore;
 
 /// Counts a refusal and leaves its explanation for the session.
@@ -31,6 +32,8 @@ pub(super) struct ServerVerifier {
     pub(super) pinned: HashMap<ServerName<'static>, Arc<TrustStore>>,
     pub(super) faults: Arc<FaultCounters>,
     pub(super) algorithms: WebPkiSupportedAlgorithms,
+    /// Told about every certificate accepted: sessions end with it.
+    pub(super) ends: Arc<VerifiedEnds>,
 }
 
 impl ServerCertVerifier for ServerVerifier {
@@ -52,6 +55,12 @@ impl ServerCertVerifier for ServerVerifier {
             .server
             .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
             .map_err(|error| refuse(&self.faults, error))
+            .inspect(|_verified| {
+                // webpki has parsed it; what this parser could not read is not resumed, no more.
+                if let Ok(summary) = CertificateSummary::parse(end_entity) {
+                    self.ends.record(server_name.to_owned(), summary.not_after);
+                }
+            })
     }
 
     fn verify_tls12_signature(

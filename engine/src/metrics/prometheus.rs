@@ -4,9 +4,11 @@
 //! `_total` behind what only rises. Drops are one family with a `reason` label.
 
 use std::fmt::Write;
+use std::time::UNIX_EPOCH;
 
 use super::ShardMetrics;
 use super::histogram::{Histogram, Merged};
+use crate::certs::{CertificateFault, RotatingIdentity};
 use crate::datapath::Capabilities;
 
 /// Upper bounds of the exported latency buckets, ns: 1, 2 and 5 of every power of ten.
@@ -80,7 +82,10 @@ impl Exposition {
 impl Family {
     fn sample(&mut self, suffix: &str, labels: &str, value: impl std::fmt::Display) {
         let name = &self.name;
-        push(&mut self.samples, format_args!("{name}{suffix}{{{labels}}} {value}\n"));
+        match labels.is_empty() {
+            true => push(&mut self.samples, format_args!("{name}{suffix} {value}\n")),
+            false => push(&mut self.samples, format_args!("{name}{suffix}{{{labels}}} {value}\n")),
+        }
     }
 }
 
@@ -97,6 +102,7 @@ fn escape(value: &str) -> String {
 pub(crate) fn render<'a>(
     shards: impl IntoIterator<Item = &'a ShardMetrics>,
     steered: &[(&str, u64)],
+    rotation: Option<&RotatingIdentity>,
 ) -> String {
     let mut out = Exposition::default();
     let version = concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"");
@@ -142,7 +148,42 @@ pub(crate) fn render<'a>(
         let family = out.family("stoq_steering_packets_total", "counter", help);
         family.sample("", &format!("outcome=\"{outcome}\""), *packets);
     }
+    if let Some(identity) = rotation {
+        certificate(&mut out, identity);
+    }
     out.into_text()
+}
+
+/// The served certificate: its dates as Unix time, what happened to it, what was refused.
+fn certificate(out: &mut Exposition, identity: &RotatingIdentity) {
+    let status = identity.status();
+    let dates = [
+        ("not_before", status.not_before, "Start of the served certificate's validity, Unix time."),
+        ("not_after", status.not_after, "End of the served certificate's validity, Unix time."),
+        ("next_renewal", status.next_renewal, "When the next renewal is due, Unix time."),
+    ];
+    for (name, date, help) in dates {
+        let Some(since) = date.and_then(|date| date.duration_since(UNIX_EPOCH).ok()) else {
+            continue;
+        };
+        let family = out.family(&format!("stoq_certificate_{name}_seconds"), "gauge", help);
+        family.sample("", "", since.as_secs());
+    }
+    let counts = [
+        ("renewals", status.renewals, "Certificates taken over after the first."),
+        ("renewal_failures", status.failures, "Failed attempts to renew the certificate."),
+        ("alarms", status.alarms, "Alarms that the certificate runs out."),
+    ];
+    for (name, count, help) in counts {
+        let family = out.family(&format!("stoq_certificate_{name}_total"), "counter", help);
+        family.sample("", "", count);
+    }
+    let help = "Refused certificates and failed renewals, by kind.";
+    let family = out.family("stoq_certificate_faults_total", "counter", help);
+    for fault in CertificateFault::ALL {
+        let label = format!("fault=\"{}\"", fault.label());
+        family.sample("", &label, identity.faults().count(fault));
+    }
 }
 
 fn info(out: &mut Exposition, shard: &str, capabilities: &Capabilities) {
@@ -235,7 +276,7 @@ mod tests {
         for metrics in &metrics {
             metrics.set_path(capabilities());
         }
-        render(&metrics, &[("steered_by_id", 3)])
+        render(&metrics, &[("steered_by_id", 3)], None)
     }
 
     #[test]

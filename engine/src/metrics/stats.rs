@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::histogram::Merged;
 use super::{LatencySummary, PoolCounters, ShardCounters, ShardMetrics};
+use crate::certs::RotationStatus;
 use crate::datapath::DatapathCounters;
 
 /// "Current" throughput looks back this far, as far as statistics were read.
@@ -76,6 +77,9 @@ pub struct TransportStats {
     pub pool: PoolCounters,
     /// Part of the pooled connections that is lent. 0 to 1; 0 without any.
     pub pool_utilization: f64,
+    /// How the certificate fares that the engine was given
+    /// ([`Builder::rotation`](crate::engine::Builder::rotation)).
+    pub rotation: Option<RotationStatus>,
     /// Each shard by itself.
     pub shards: Vec<ShardReport>,
 }
@@ -132,6 +136,7 @@ impl RateWindow {
             copies: copies(&datapath, &totals),
             pool,
             pool_utilization: ratio(lent, pool.connections),
+            rotation: None,
             shards,
         }
     }

@@ -169,7 +169,8 @@ mod tests {
             shards[chosen].note(counts[chosen]);
         }
         assert_eq!(counts.iter().sum::<usize>(), 4000);
-        assert!(counts.iter().all(|count| (950..1050).contains(count)), "{counts:?}");
+        // Both picks are the fullest shard once in sixteen times.
+        assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
     }
 
     #[test]

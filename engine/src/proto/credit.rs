@@ -3,7 +3,7 @@
 //! quinn-proto keeps a table entry for every stream that it allows, used or not. A connection
 //! therefore starts with a small part of `max_concurrent_streams` and is given more when the peer
 //! has more than half of it open, or opens more than half of it within a round trip. The peer is
-//! never held at less than it uses: it reaches the configured limit four times as far with each
+//! never held at less than it uses: it reaches the configured limit five times as far with each
 //! round trip.
 
 use std::time::{Duration, Instant};
@@ -59,7 +59,7 @@ impl StreamCredit {
             return None;
         }
         // A last small step would be below what quinn-proto announces (an eighth of the limit).
-        self.allowed = if self.allowed <= self.max / 8 { self.allowed * 4 } else { self.max };
+        self.allowed = if self.allowed <= self.max / 8 { self.allowed * 5 } else { self.max };
         (self.since, self.opened_before) = (now, opened.unwrap_or(self.opened_before));
         Some(self.allowed)
     }
@@ -113,10 +113,10 @@ mod tests {
     fn more_than_half_open_grows_up_to_the_limit() {
         let now = Instant::now();
         let mut credit = credit(1000, now);
-        assert_eq!(credit.grow(now, 16, None, RTT), None);
-        assert_eq!(credit.grow(now, 17, None, RTT), Some(128));
-        assert_eq!(credit.grow(now, 64, None, RTT), None);
-        assert_eq!(credit.grow(now, 65, None, RTT), Some(1000), "512 would leave a small step");
+        assert_eq!(credit.grow(now, 14, None, RTT), None);
+        assert_eq!(credit.grow(now, 15, None, RTT), Some(140));
+        assert_eq!(credit.grow(now, 70, None, RTT), None);
+        assert_eq!(credit.grow(now, 71, None, RTT), Some(1000), "700 would leave a small step");
         assert_eq!(credit.grow(now, 1000, None, RTT), None);
     }
 
@@ -125,15 +125,15 @@ mod tests {
         let start = Instant::now();
         let mut slow = credit(1000, start);
         for index in 0..1000u32 {
-            // One at a time, 15 a round trip.
-            let now = start + RTT / 15 * index;
+            // One at a time, 13 a round trip.
+            let now = start + RTT / 13 * index;
             assert_eq!(slow.grow(now, 1, Some(u64::from(index) + 1), RTT), None, "{index}");
         }
         let mut quick = credit(1000, start);
         let grown = (0..60u32).find_map(|index| {
             quick.grow(start + RTT / 30 * index, 1, Some(u64::from(index) + 1), RTT)
         });
-        assert_eq!(grown, Some(128));
+        assert_eq!(grown, Some(140));
     }
 
     #[test]

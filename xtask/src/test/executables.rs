@@ -14,8 +14,8 @@ use crate::workspace::{Target, Workspace};
 
 /// The profile of everything that tests run.
 pub(crate) const PROFILE: &str = "test-fast";
-/// Features under test: that which switches on tests that need root, and tokio's traits.
-const TESTED_FEATURES: [&str; 2] = ["privileged-tests", "tokio"];
+/// Features under test: that which switches on tests that need root, tokio's traits, ACME.
+const TESTED_FEATURES: [&str; 3] = ["privileged-tests", "tokio", "acme"];
 /// How long compiling may take.
 pub(crate) const BUILD_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// How long one test executable may take.

@@ -6,6 +6,7 @@
 
 mod demos;
 pub(crate) mod executables;
+mod matrix;
 mod steps;
 pub(crate) mod tally;
 
@@ -13,9 +14,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use self::executables::Executable;
+use self::matrix::Matrix;
 pub(crate) use self::steps::rust_sources;
 use self::steps::{STEPS, Step};
 use self::tally::Tally;
@@ -126,9 +128,12 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
              leave them out with --unprivileged"
         );
     }
-    let mut rows = Vec::new();
+    let (mut rows, mut matrix) = (Vec::new(), Matrix::default());
     for step in selected {
         let row = run_step(&mut context, step, args)?;
+        if matches!(row.verdict, Verdict::Passed | Verdict::Failed) {
+            matrix.add_log(&read_log(&step_log(&context.workspace, step))?);
+        }
         let stop = step.name == "setup" && matches!(row.verdict, Verdict::Failed);
         rows.push(row);
         if stop {
@@ -136,7 +141,20 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             break;
         }
     }
-    Ok(finish(&mut context.terminal, &rows, args))
+    Ok(finish(&mut context.terminal, &rows, &matrix, args))
+}
+
+/// What a step wrote; nothing where it had no occasion to.
+fn read_log(log: &std::path::Path) -> Result<String> {
+    match std::fs::read(log) {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", log.display())),
+    }
+}
+
+fn step_log(workspace: &Workspace, step: &Step) -> PathBuf {
+    workspace.logs().join(format!("{}.log", step.name))
 }
 
 fn run_step(context: &mut Context, step: &Step, args: &TestArgs) -> Result<Row> {
@@ -155,7 +173,7 @@ fn run_step(context: &mut Context, step: &Step, args: &TestArgs) -> Result<Row> 
         return Ok(row(Tally::SKIPPED, Verdict::LeftOut(why.into()), Duration::ZERO));
     }
     context.terminal.live(&format!("{:<14} running: {}", step.name, step.what));
-    let log = context.workspace.logs().join(format!("{}.log", step.name));
+    let log = step_log(&context.workspace, step);
     if log.exists() {
         std::fs::remove_file(&log)?;
     }
@@ -214,8 +232,16 @@ fn list(context: &mut Context) {
 }
 
 /// Prints the table and, last, the line that continuous integration reads.
-fn finish(terminal: &mut Terminal, rows: &[Row], args: &TestArgs) -> ExitCode {
+fn finish(terminal: &mut Terminal, rows: &[Row], matrix: &Matrix, args: &TestArgs) -> ExitCode {
     let mut total = Tally::default();
+    terminal.line("");
+    for (index, line) in matrix.lines().iter().enumerate() {
+        if index == 0 {
+            terminal.heading(line);
+        } else {
+            terminal.line(line);
+        }
+    }
     terminal.line("");
     terminal.heading("step           verdict         time  test cases");
     for row in rows {

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::executables::{self, BUILD_LIMIT, Executable, PROFILE, common_arguments, run_libtest};
 use super::tally::Tally;
 use super::{Context, Outcome, demos};
+use crate::instructions::{self, Verdict};
 use crate::workspace::Workspace;
 use crate::{packages, proc, stoq_cli};
 
@@ -72,6 +73,8 @@ pub(crate) const STEPS: &[Step] = &[
     step("loom", "every interleaving of the ring cursors", no_loom, loom).slow(),
     step("miri", "undefined behaviour in the unsafe modules", |_| None, miri).slow(),
     step("interop", "other QUIC implementations", no_interop, interop).slow(),
+    step("instructions", "instruction counts against their baselines", no_scenarios, instructions)
+        .slow(),
     step("examples", "every example runs to its end", no_examples, examples).slow(),
     step("demo-loopback", "the demo without root", no_stoq, demos::loopback).slow(),
     step("demo-1500", "the demo over AF_XDP, MTU 1500", no_stoq, demos::mtu_1500).root().slow(),
@@ -92,6 +95,10 @@ fn no_testrun(workspace: &Workspace) -> Option<String> {
 
 fn no_interop(workspace: &Workspace) -> Option<String> {
     no_crate(workspace, "stoq-interop")
+}
+
+fn no_scenarios(workspace: &Workspace) -> Option<String> {
+    no_crate(workspace, instructions::PACKAGE)
 }
 
 fn no_stoq(workspace: &Workspace) -> Option<String> {
@@ -314,6 +321,16 @@ fn miri_filters(workspace: &Workspace) -> Vec<String> {
         .and_then(|package| package.metadata.pointer("/xtask/miri")?.as_array())
         .map(|names| names.iter().filter_map(Value::as_str).map(str::to_owned).collect());
     named.unwrap_or_else(|| ["umem::", "sys::cursor"].map(str::to_owned).to_vec())
+}
+
+fn instructions(context: &mut Context, _: &Path) -> Result<Outcome> {
+    let Context { workspace, terminal, .. } = context;
+    Ok(match instructions::check(workspace, &mut |line| terminal.line(line))? {
+        Verdict::Compared { within, beyond } => {
+            Outcome::Ran(Tally { passed: within, failed: beyond, skipped: 0 })
+        }
+        Verdict::OtherCompiler(why) => Outcome::Unavailable(why),
+    })
 }
 
 /// Runs every example with the arguments that its package gives it:

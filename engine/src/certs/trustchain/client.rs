@@ -36,7 +36,7 @@ impl std::fmt::Debug for TrustchainAuthority {
 
 impl TrustchainAuthority {
     /// A client of the service; `token` is the text of
-    /// [`TrustchainServer::create_token`], or `None` for a node that has a certificate.
+    /// [`TrustchainServer::create_token`](super::TrustchainServer::create_token), or `None` for a node that has a certificate.
     ///
     /// # Errors
     /// The token is not hexadecimal.
@@ -44,14 +44,17 @@ impl TrustchainAuthority {
         transport: Box<dyn TrustchainTransport>,
         token: Option<&str>,
     ) -> Result<Self, CertsError> {
-        let token = token
-            .map(|text| {
-                unhex(text).ok_or_else(|| {
-                    CertsError::Configuration("the enrolment token is not hexadecimal".to_owned())
-                })
-            })
-            .transpose()?;
+        let token = token.map(parse_token).transpose()?;
         Ok(Self { transport, token: Mutex::new(token) })
+    }
+
+    /// Gives it another one-time token, which the next request spends.
+    ///
+    /// # Errors
+    /// The token is not hexadecimal.
+    pub fn set_token(&self, token: &str) -> Result<(), CertsError> {
+        *self.token() = Some(parse_token(token)?);
+        Ok(())
     }
 
     /// The keys that this node shares with all machines of its DNS names: for
@@ -112,6 +115,12 @@ impl CertificateAuthority for TrustchainAuthority {
             other => Err(unexpected(&other)),
         }
     }
+}
+
+fn parse_token(text: &str) -> Result<Vec<u8>, CertsError> {
+    unhex(text).ok_or_else(|| {
+        CertsError::Configuration("the enrolment token is not hexadecimal".to_owned())
+    })
 }
 
 fn error_of(code: RefusalCode, reason: String) -> CaError {

@@ -164,6 +164,12 @@ impl Message {
         Ok(out)
     }
 
+    /// Whether a framed message is an enrolment, which a certificate would not help: it may have
+    /// expired.
+    pub(crate) fn is_enrolment(frame: &[u8]) -> bool {
+        frame.get(LENGTH_SIZE_BYTES) == Some(&ENROL)
+    }
+
     /// Reads the body of a frame.
     ///
     /// # Errors
@@ -277,6 +283,8 @@ mod tests {
     fn messages_round_trip_in_any_pieces() {
         for message in samples() {
             let frame = message.encode().unwrap();
+            let enrols = matches!(message, Message::Enrol { .. });
+            assert_eq!(Message::is_enrolment(&frame), enrols);
             for piece in [1, 2, 3, 7, frame.len()] {
                 let mut reader = FrameReader::default();
                 let mut found = None;

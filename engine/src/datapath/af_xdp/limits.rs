@@ -11,8 +11,8 @@ pub(super) const FRAMES_PER_PACKET_MAX: usize = 17;
 /// Sizes and bounds of one AF_XDP datapath (one per queue).
 ///
 /// Memory per queue: (`rx_frames` + `tx_frames`) × `frame_size_bytes`, by
-/// default 6144 × 4096 = 24 MiB, plus about 150 KiB for the rings, plus
-/// `slow_path_batch` × 64 KiB.
+/// default 6144 × 4096 = 24 MiB, plus about 150 KiB for the rings, plus the slow
+/// path's buffers: `slow_path_batch` × 64 KiB and 8 MiB for sending without the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AfXdpLimits {

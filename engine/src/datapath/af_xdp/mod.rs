@@ -9,7 +9,7 @@
 //! * [`open_interface`] opens one [`AfXdp`] per queue; all share one attached
 //!   [`XdpProgram`], which leaves the interface with the last of them.
 //! * `rings` says who owns which frame when; `receive` and `transmit` move
-//!   packets; `socket` binds; `slow_path` holds the port; [`reopen`] opens one queue
+//!   packets; `socket` binds; `slow_path` holds the port; `reopen` opens one queue
 //!   again for a shard that went on with its slow path alone.
 //! * Nothing on the packet path allocates, locks or logs; the exceptions are
 //!   datagrams that wait for a neighbour (`pending`).

@@ -135,6 +135,19 @@ impl<P: Primary> Datapath for Failover<P> {
         carrier!(&mut self.carrier, path => path.transmit(meta, payload))
     }
 
+    fn batch_datagrams_max(&self, segment_bytes: usize) -> usize {
+        carrier!(&self.carrier, path => path.batch_datagrams_max(segment_bytes))
+    }
+
+    fn transmit_batch(
+        &mut self,
+        meta: &TxMeta,
+        segment_bytes: usize,
+        buffer: &mut Vec<u8>,
+    ) -> usize {
+        carrier!(&mut self.carrier, path => path.transmit_batch(meta, segment_bytes, buffer))
+    }
+
     fn flush(&mut self, now: Instant) {
         carrier!(&mut self.carrier, path => path.flush(now));
     }
