@@ -462,7 +462,8 @@ mod tests {
             "goodput_bps":3,"rtt_us_p50":4,"packets_lost":5,"datapath":"socket","mode":"gso+gro","xdp":null}"#;
         let Ok(Event::Done(done)) = parse(line) else { panic!("no done event") };
         assert_eq!((done.files[0].bytes, done.packets_lost), (1, 5));
-        let line = r#"{"event":"done","workload":"raw","bytes":7,"packets":4900812,"packets_lost":null}"#;
+        let line =
+            r#"{"event":"done","workload":"raw","bytes":7,"packets":4900812,"packets_lost":null}"#;
         let Ok(Event::Done(done)) = parse(line) else { panic!("no done event of raw") };
         assert_eq!((done.packets, done.packets_lost), (4_900_812, 0));
         assert!(matches!(parse(r#"{"event":"new"}"#), Ok(Event::Other)));
