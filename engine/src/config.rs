@@ -186,7 +186,8 @@ pub enum RetryPolicy {
     /// more connections than another: the Retry sends the client there.
     #[default]
     UnderLoad,
-    /// Always: costs each client one round trip.
+    /// Always: costs each client one round trip, unless it brings a token of an earlier
+    /// connection that shows its address (NEW_TOKEN, RFC 9000 8.1.3).
     Always,
 }
 
