@@ -93,6 +93,12 @@ pub const ACK_ELICITING_THRESHOLD: u32 = 10;
 pub const ACK_DELAY_MAX: Duration = Duration::from_millis(1);
 /// How often an engine with `failover` looks whether its XDP program is still attached, ms.
 pub const FAILOVER_CHECK_INTERVAL_MS: u64 = 500;
+/// Batches of datagrams that a shard has given to a [`SealQueue`](crate::proto::crypto::offload::SealQueue) at most.
+pub const SEAL_JOBS_IN_FLIGHT_MAX: usize = 64;
+/// A batch that is not sealed after this long ends its connection, µs.
+pub const SEAL_JOB_TIMEOUT_US: u64 = 100_000;
+/// How often a shard asks for sealed batches while some are under way, µs.
+pub const SEAL_POLL_INTERVAL_US: u64 = 5;
 /// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
 
@@ -180,7 +186,8 @@ pub enum RetryPolicy {
     /// more connections than another: the Retry sends the client there.
     #[default]
     UnderLoad,
-    /// Always: costs each client one round trip.
+    /// Always: costs each client one round trip, unless it brings a token of an earlier
+    /// connection that shows its address (NEW_TOKEN, RFC 9000 8.1.3).
     Always,
 }
 

@@ -35,6 +35,7 @@ use crate::placement;
 use crate::pool::{self, CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
 use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
+use crate::proto::crypto::offload::SealProvider;
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::spin::Spinner;
@@ -119,6 +120,7 @@ pub struct Builder {
     config: TransportConfig,
     identity: QuicIdentity,
     app: Option<AppFactory>,
+    seal_provider: Option<Arc<dyn SealProvider>>,
     rotation: Option<Arc<RotatingIdentity>>,
 }
 
@@ -154,6 +156,14 @@ impl Builder {
         self
     }
 
+    /// Has `provider` seal the packets of TLS configurations whose cipher suites were made for it
+    /// ([`cipher_suites`](crate::proto::crypto::offload::cipher_suites)).
+    #[must_use]
+    pub fn seal_provider(mut self, provider: Arc<dyn SealProvider>) -> Self {
+        self.seal_provider = Some(provider);
+        self
+    }
+
     /// The key that hides servers and shards in connection IDs; engines behind one balancer share
     /// it. The same as [`CidConfig::key`](crate::config::CidConfig::key).
     #[must_use]
@@ -183,7 +193,7 @@ impl Builder {
     /// # Errors
     /// A setting, the datapath, a core or the system refused; nothing is left behind.
     pub fn start(self) -> Result<Engine, StartError> {
-        let Self { config, mut identity, app, rotation } = self;
+        let Self { config, mut identity, app, rotation, seal_provider } = self;
         config.validate()?;
         let mut secret = [0; 64];
         aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
@@ -221,6 +231,7 @@ impl Builder {
             rotation,
             identity,
             app,
+            seal_provider,
             node: placement.node,
             threads: Vec::new(),
             metrics: Vec::new(),
@@ -245,6 +256,7 @@ struct Starter {
     config: Arc<TransportConfig>,
     identity: QuicIdentity,
     app: Option<AppFactory>,
+    seal_provider: Option<Arc<dyn SealProvider>>,
     cores: Vec<Option<core_affinity::CoreId>>,
     threads: Vec<JoinHandle<()>>,
     metrics: Vec<Arc<ShardMetrics>>,
@@ -359,6 +371,7 @@ impl Starter {
         let app = self.app.as_mut().map(|make| make(shard));
         let shared = self.shared.clone();
         let siblings = self.siblings.clone();
+        let seal_provider = self.seal_provider.clone();
         let core = self.cores[shard];
         let spin_window = Duration::from_micros(self.config.spin_us);
         let spinner = Spinner::new(self.config.busy_poll, spin_window);
@@ -373,7 +386,7 @@ impl Starter {
                 let proto = Protocol::new(setup, std::time::Instant::now());
                 let mailbox = siblings.mailboxes[shard].clone();
                 let handles = HandleApp::new(shared);
-                let shard = Shard::new(
+                let mut shard = Shard::new(
                     datapath,
                     SystemClock,
                     proto,
@@ -383,6 +396,9 @@ impl Starter {
                     siblings,
                     metrics,
                 );
+                if let Some(provider) = seal_provider {
+                    shard.set_seal_provider(&*provider);
+                }
                 worker::run(shard, spinner);
             })
             .map_err(|source| StartError::System { what: "thread for a shard", source })?;

@@ -61,6 +61,9 @@ pub enum ConnectionError {
     /// says what happened and what to do.
     #[error("the datapath failed: {0}")]
     DatapathFailed(String),
+    /// The provider that seals the connection's packets failed; the text names it and its reason.
+    #[error("packets cannot be sealed: {0}")]
+    CryptoProviderFailed(String),
     /// The application on the shard panicked in a call about this connection.
     #[error("the application on the shard panicked; the connection was closed")]
     AppPanicked,

@@ -203,6 +203,9 @@ mod umem;
 pub mod wire;
 
 pub use quinn_proto::{Dir, StreamId, VarInt};
+#[cfg(feature = "privileged-tests")]
+#[doc(hidden)]
+pub use sys::testing;
 
 /// Pins the calling thread to a core; `false` when the process may not use that core.
 #[must_use]

@@ -123,6 +123,8 @@ counters! {
     tx_drop_responses,
     /// Packets that the datapath did not take although QUIC counts them as sent.
     tx_drop_datapath,
+    /// Batches that could not be sealed; their connections end.
+    tx_drop_sealing,
     /// Times that a full TX ring stopped a turn's transmission.
     tx_ring_full,
     /// Packets sent through a closed gate because an ACK was owed.

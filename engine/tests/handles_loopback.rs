@@ -429,7 +429,9 @@ fn several_shards_and_always_retry() {
             });
             let stats = pair.server.stats();
             assert!(stats.iter().all(|stats| stats.shard.accepted > 0), "one shard got nothing");
-            assert!(stats.iter().map(|stats| stats.shard.retries).sum::<u64>() >= 8);
+            // The first client must show its address; later ones may bring a token instead.
+            let retries = stats.iter().map(|stats| stats.shard.retries).sum::<u64>();
+            assert!((1..=8).contains(&retries), "{retries} retries for 8 connections");
             pair.assert_clean();
         }
     });

@@ -22,6 +22,7 @@ use stoq::config::TransportConfig;
 use stoq::datapath::choice::DatapathChoice;
 use stoq::datapath::{Capabilities, DatapathKind};
 use stoq::engine::Engine;
+use stoq::testing::detach_bpf_link;
 
 const LEFT: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
 const RIGHT: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
@@ -237,7 +238,7 @@ fn program_detached_from_outside() {
     let links = xdp_links();
     assert_eq!(links.len(), 2, "one program for each engine");
     for fd in links {
-        detach(fd);
+        detach_bpf_link(fd).expect("a link");
     }
     for engine in [&*transfer.server, &*transfer.client] {
         wait_until("there and back", PATIENCE, || changes(engine) == (1, 1));
@@ -379,13 +380,4 @@ fn xdp_links() -> Vec<RawFd> {
         .filter(|path| is_link(path))
         .map(|path| path.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a fd"))
         .collect()
-}
-
-/// As `bpftool link detach` does.
-fn detach(fd: RawFd) {
-    const BPF_LINK_DETACH: libc::c_int = 34;
-    let attr = fd as u32;
-    // SAFETY: the beginning of union bpf_attr for this command is the link's descriptor.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const attr, 4usize) };
-    assert_eq!(result, 0, "BPF_LINK_DETACH: {}", std::io::Error::last_os_error());
 }

@@ -13,8 +13,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::netns::{Netns, veth_with_queues, wait_until};
-use common::seccomp::forbid_io_uring;
-use common::sysfs::mount_own_sysfs;
 use common::transfer::{Transfer, Watchdog, assert_interface_clean, start_client, start_server};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use stoq::app::{ShardApp, ShardCx};
@@ -22,6 +20,7 @@ use stoq::config::TransportConfig;
 use stoq::datapath::DatapathKind;
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::{Builder, Engine};
+use stoq::testing::{forbid_io_uring, mount_own_sysfs};
 
 const LEFT: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
 const RIGHT: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
@@ -248,7 +247,7 @@ fn restricted(
     let link = Link::new(what, 1500, 1);
     let start = |netns: &Netns, address, start: &(dyn Fn(Builder) -> Engine + Sync)| {
         netns.run(|| {
-            mount_own_sysfs();
+            mount_own_sysfs().expect("root");
             restrict();
             start(Engine::builder().config(config(datapath, address)))
         })
@@ -280,7 +279,7 @@ fn refusal(datapath: DatapathChoice, restrict: impl Fn() + Sync) -> String {
 }
 
 fn no_io_uring() {
-    forbid_io_uring(libc::EPERM as u32);
+    forbid_io_uring(libc::EPERM as u32).expect("a filter");
 }
 
 fn no_privileges() {

@@ -6,9 +6,8 @@
 
 mod common;
 
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
@@ -19,6 +18,7 @@ use common::transfer::{Transfer, Watchdog, assert_interface_clean, start_client,
 use stoq::config::TransportConfig;
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::Engine;
+use stoq::testing::PacketSocket;
 use stoq::wire::checksum::udp_checksum;
 
 const LEFT: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
@@ -40,8 +40,7 @@ enum Form {
 
 /// What the relay writes its frames from.
 struct Wire {
-    packets: OwnedFd,
-    ifindex: u32,
+    packets: PacketSocket,
     macs: [[u8; 6]; 2],
     source_port: u16,
     server: SocketAddrV6,
@@ -78,27 +77,10 @@ impl Wire {
 
     fn send(&self, form: Form, payload: &[u8]) {
         let frame = self.frame(form, payload);
-        // SAFETY: sockaddr_ll is plain data, for which zeros are valid.
-        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        to.sll_family = libc::AF_PACKET as u16;
-        to.sll_ifindex = self.ifindex as i32;
-        to.sll_halen = 6;
-        to.sll_addr[..6].copy_from_slice(&self.macs[1]);
-        // SAFETY: both pointers are valid for the lengths given, for the call.
-        let sent = unsafe {
-            libc::sendto(
-                self.packets.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                0,
-                (&raw const to).cast(),
-                size_of::<libc::sockaddr_ll>() as u32,
-            )
-        };
-        let error = io::Error::last_os_error();
+        let Err(error) = self.packets.send(&frame) else { return };
         // A path MTU probe beyond the link, or a full queue: lost as on a wire.
         let lost = matches!(error.raw_os_error(), Some(libc::EMSGSIZE | libc::ENOBUFS));
-        assert!(sent == frame.len() as isize || lost, "sendto: {error}");
+        assert!(lost, "sendto: {error}");
     }
 }
 
@@ -114,20 +96,13 @@ impl Relay {
     fn start(left: &Netns, right: &Netns, server: SocketAddrV6, first: Form) -> Self {
         let (ifindex, macs) = (left.ifindex(DEVICE), [left.mac(DEVICE), right.mac(DEVICE)]);
         let [front, back] = left.run(|| [(); 2].map(|()| bind()));
-        let packets = left.run(|| {
-            // SAFETY: a plain system call; on success the descriptor is new and nobody else's.
-            unsafe {
-                let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
-                assert!(fd >= 0, "socket(AF_PACKET): {}", io::Error::last_os_error());
-                OwnedFd::from_raw_fd(fd)
-            }
-        });
+        let packets = left.run(|| PacketSocket::open(ifindex).expect("root"));
         let source_port = back.local_addr().expect("bound").port();
         let SocketAddr::V6(address) = front.local_addr().expect("bound") else {
             panic!("bound to IPv6")
         };
         let (form, stop) = (Arc::new(AtomicU8::new(first as u8)), Arc::new(AtomicBool::new(false)));
-        let wire = Wire { packets, ifindex, macs, source_port, server };
+        let wire = Wire { packets, macs, source_port, server };
         let thread = thread::spawn({
             let (form, stop) = (form.clone(), stop.clone());
             move || carry(&front, &back, &wire, &form, &stop)

@@ -7,16 +7,17 @@ mod common;
 
 use std::fs::File;
 use std::net::{Ipv6Addr, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use common::seccomp::forbid_io_uring;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use stoq::datapath::io_uring::IoUringDatapath;
 use stoq::datapath::socket::SocketDatapath;
 use stoq::datapath::udp_socket::{SocketConfig, SocketError};
 use stoq::datapath::{Datapath, DatapathEvent, Ecn, RxBatch, TxMeta, TxVerdict};
+use stoq::testing::forbid_io_uring;
 
 const NEAR: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x5709, 0, 0, 0, 0, 0, 1);
 const NEAR_TOO: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x5709, 0, 0, 0, 0, 0, 3);
@@ -73,9 +74,7 @@ impl Drop for Stage {
 /// Moves the calling thread into a namespace for good.
 fn enter(namespace: &str) {
     let file = File::open(format!("/run/netns/{namespace}")).expect("the namespace exists");
-    // SAFETY: plain system call on a descriptor that is open.
-    let result = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
-    assert_eq!(result, 0, "setns: {}", std::io::Error::last_os_error());
+    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).expect("root");
 }
 
 fn config(address: Ipv6Addr) -> SocketConfig {
@@ -307,7 +306,7 @@ fn source_address_io_uring() {
 #[test]
 fn forbidden_io_uring_is_explained() {
     isolated(|| {
-        forbid_io_uring(libc::EPERM as u32);
+        forbid_io_uring(libc::EPERM as u32).expect("a filter");
         let unavailable = IoUringDatapath::probe().expect_err("io_uring is forbidden");
         assert!(unavailable.reason.contains("seccomp"), "{unavailable}");
         let error = IoUringDatapath::open(config(Ipv6Addr::LOCALHOST)).expect_err("forbidden");
@@ -320,7 +319,7 @@ fn forbidden_io_uring_is_explained() {
 #[test]
 fn missing_io_uring_is_explained() {
     isolated(|| {
-        forbid_io_uring(libc::ENOSYS as u32);
+        forbid_io_uring(libc::ENOSYS as u32).expect("a filter");
         let unavailable = IoUringDatapath::probe().expect_err("io_uring is hidden");
         assert!(unavailable.reason.contains("CONFIG_IO_URING"), "{unavailable}");
     });

@@ -60,7 +60,7 @@ impl Api {
             Item::Type(item) if public(&item.vis) => {
                 self.line(module, &format!("type {} = {}", item.ident, text(&item.ty)));
             }
-            Item::Use(item) if public(&item.vis) => {
+            Item::Use(item) if public(&item.vis) && !is_test(&item.attrs) => {
                 self.line(module, &format!("use {}", text(&item.tree)));
             }
             Item::Struct(item) if public(&item.vis) => {

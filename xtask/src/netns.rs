@@ -10,6 +10,7 @@
 use std::net::Ipv6Addr;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -26,6 +27,11 @@ const ADDRESS_B: Ipv6Addr = Ipv6Addr::new(0xfd53, 0x746f, 0x71, 0, 0, 0, 0, 0xb)
 pub(crate) const MTU_MIN: u32 = 1280;
 /// The largest MTU of a veth link.
 pub(crate) const MTU_MAX: u32 = 65535;
+
+/// How long the kernel may take to see a new link's carrier; its link watch acts once a second.
+const CARRIER_LIMIT: Duration = Duration::from_secs(10);
+/// How often to look whether it has.
+const CARRIER_POLL: Duration = Duration::from_millis(20);
 
 /// One end of the pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,6 +123,9 @@ impl VethPair {
             configure(end, options)
                 .with_context(|| format!("cannot configure {} in {}", end.interface, end.netns))?;
         }
+        for end in [&pair.client, &pair.server] {
+            wait_until_up(end)?;
+        }
         Ok(pair)
     }
 
@@ -160,8 +169,10 @@ fn ip() -> Command {
 }
 
 fn configure(end: &End, options: PairOptions) -> Result<()> {
-    // Containers often switch IPv6 off by default for new namespaces.
-    let enable = "for f in /proc/sys/net/ipv6/conf/*/disable_ipv6; do echo 0 > $f || exit 1; done";
+    // Containers often switch IPv6 off by default for new namespaces. Nobody else is on this
+    // link, so no address waits for duplicate address detection.
+    let enable = "for f in /proc/sys/net/ipv6/conf/*/disable_ipv6 \
+                  /proc/sys/net/ipv6/conf/*/accept_dad; do echo 0 > $f || exit 1; done";
     proc::output(end.command("sh").args(["-c", enable])).context("cannot enable IPv6")?;
     let mtu = options.mtu.to_string();
     let address = format!("{}/{PREFIX_LENGTH}", end.address);
@@ -223,6 +234,23 @@ pub(crate) fn is_xtask(pid: u32) -> bool {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         name.starts_with("xtask") || name.starts_with("stoq")
     })
+}
+
+/// Waits until the kernel has seen the carrier, for which it takes up to a second: until then
+/// the interface answers no neighbour solicitation, and the first packet of a connection would
+/// wait for the next one.
+fn wait_until_up(end: &End) -> Result<()> {
+    let deadline = Instant::now() + CARRIER_LIMIT;
+    loop {
+        let shown = proc::output(ip().args(["-n", &end.netns, "link", "show", &end.interface]))?;
+        if shown.contains("state UP") {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("{} in {} does not come up: {}", end.interface, end.netns, shown.trim());
+        }
+        std::thread::sleep(CARRIER_POLL);
+    }
 }
 
 /// Switches NAPI of an interface to a kernel thread of its own, through the

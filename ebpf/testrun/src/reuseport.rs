@@ -275,6 +275,7 @@ impl Loaded for ByLibbpf {
 }
 
 /// `SO_ATTACH_REUSEPORT_EBPF`, which libbpf leaves to its user.
+#[allow(unsafe_code)]
 fn attach(program: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> Result<()> {
     let program = program.as_raw_fd();
     // SAFETY: the option takes an int, which outlives the call, of the size that is given.

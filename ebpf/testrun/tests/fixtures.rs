@@ -72,6 +72,7 @@ fn object_of(variable: &str, compiled_in: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// Leaves for a network namespace that goes away with this process.
+#[allow(unsafe_code)]
 fn enter_network_namespace() -> Result<()> {
     // SAFETY: the process has one thread, and no descriptor or memory of it
     // changes meaning with the network namespace.

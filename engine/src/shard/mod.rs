@@ -21,6 +21,7 @@
 pub(crate) mod mailbox;
 mod overdue;
 mod pool;
+mod sealing;
 pub(crate) mod spin;
 pub(crate) mod worker;
 
@@ -95,6 +96,8 @@ pub struct Shard<D: Datapath, C: Clock> {
     unhandled: VecDeque<RxDatagram>,
     /// What `poll_transmit` builds; datapaths that can, send from it.
     batch: Vec<u8>,
+    /// Datagrams that a provider seals meanwhile; `None` where packets are sealed when built.
+    sealing: Option<sealing::Sealing>,
     /// Distinct per batch: congestion control tells packets apart by it.
     stamp: Instant,
     overdue: Vec<ConnId>,
@@ -139,6 +142,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             unhandled: VecDeque::with_capacity(RX_BATCH_DATAGRAMS_MAX),
             // Reserved up front: poll_transmit must never move it (ARCHITECTURE, decision 9).
             batch: Vec::with_capacity(usize::from(u16::MAX) + 1),
+            sealing: None,
             stamp: now,
             overdue: Vec::new(),
             ending: None,
@@ -436,8 +440,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     /// Gate and pacer → poll_transmit → batch → TX memory, fairly over the connections.
     fn transmit(&mut self, now: Instant) -> bool {
         let mut worked = self.transmit_responses();
+        worked |= self.transmit_sealed(now);
         let before = self.tx_packets;
         for _ in 0..self.proto.tx_queue_len() {
+            if !self.can_seal() {
+                break;
+            }
             if self.datapath.transmit_capacity() == 0 {
                 self.proto.counters.tx_ring_full += 1;
                 break;
@@ -466,7 +474,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         self.stamp = self.stamp.max(now);
         let mut sent = 0;
         while sent < TX_PACKETS_PER_VISIT_MAX {
-            if self.datapath.transmit_capacity() == 0 {
+            if self.datapath.transmit_capacity() == 0 || !self.can_seal() {
                 return (sent, true);
             }
             let Some(conn) = self.proto.conn_in_slot(slot) else { return (sent, false) };
@@ -480,12 +488,16 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                     .min(self.datapath.batch_datagrams_max(conn.inner.current_mtu().into())),
                 Gate::Window | Gate::Paced(_) => 1,
             };
-            let mut polled = conn.inner.poll_transmit(self.stamp, packets, &mut self.batch);
+            let mut polled = sealing::poll(&mut self.sealing, || {
+                conn.inner.poll_transmit(self.stamp, packets, &mut self.batch)
+            });
             conn.note_attempt(gate, polled.is_some());
             let held = !matches!(gate, Gate::Open { .. });
             if polled.is_none() && held && conn.open_for_owed_ack(now) {
                 self.batch.clear();
-                polled = conn.inner.poll_transmit(self.stamp, 1, &mut self.batch);
+                polled = sealing::poll(&mut self.sealing, || {
+                    conn.inner.poll_transmit(self.stamp, 1, &mut self.batch)
+                });
                 self.proto.counters.tx_owed_acks += u64::from(polled.is_some());
             }
             let Some(transmit) = polled else { return (sent, false) };
@@ -493,6 +505,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             sent += transmit.size.div_ceil(segment_bytes);
             if let Some(conn) = self.proto.conn_in_slot(slot) {
                 conn.on_transmit(now, transmit.size as u64, segment_bytes as u64);
+            }
+            if self.defer(now, slot, &transmit) {
+                continue;
             }
             // Drops are counted by the datapath under their reason; QUIC sees lost packets.
             let dropped =
@@ -520,6 +535,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 
     /// At most one kick.
     fn flush(&mut self, now: Instant) {
+        if let Some(sealing) = &mut self.sealing {
+            sealing.flush();
+        }
         self.datapath.flush(now);
     }
 
@@ -546,13 +564,16 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             .ending
             .as_ref()
             .map(|ending| if ending.closed { ending.end_at } else { ending.close_at });
-        let deadline = match (self.proto.next_deadline(), ending_deadline) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        };
+        let sealing_deadline = self.sealing.as_ref().and_then(|sealing| sealing.deadline(now));
+        let deadline = [self.proto.next_deadline(), ending_deadline, sealing_deadline]
+            .into_iter()
+            .flatten()
+            .min();
         Turn {
             worked,
-            more: (self.proto.tx_queue_len() > 0 && self.datapath.transmit_capacity() > 0)
+            more: (self.proto.tx_queue_len() > 0
+                && self.datapath.transmit_capacity() > 0
+                && self.can_seal())
                 || self.proto.pools_have_connects()
                 || self.proto.handshakes_held_back()
                 || self.ending.as_ref().is_some_and(|ending| !ending.to_close.is_empty()),
@@ -671,7 +692,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             Some(ending) => {
                 ending.closed
                     && ending.to_close.is_empty()
-                    && (self.proto.tx_queue_len() == 0 || now >= ending.end_at)
+                    && ((self.proto.tx_queue_len() == 0 && !self.is_sealing())
+                        || now >= ending.end_at)
             }
             None => false,
         }

@@ -27,6 +27,7 @@ use crate::handles::HandleApp;
 use crate::metrics::{ShardCounters, ShardMetrics};
 use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
+use crate::proto::crypto::offload::SealProvider;
 use crate::proto::{Protocol, ProtocolSetup, QuicIdentity};
 use crate::shard::mailbox::{Command, Mailbox, ShutdownOrder};
 use crate::shard::{Shard, Siblings};
@@ -93,6 +94,12 @@ impl SimHost {
         let (shard, mailbox, metrics) =
             shard_on(clock, datapath, config, identity, siblings, (shard, seed_number), app);
         Self { shard, mailbox, metrics, clock: clock.clone(), endpoint, ended: false }
+    }
+
+    /// Has `provider` seal the packets of cipher suites made for it
+    /// ([`cipher_suites`](crate::proto::crypto::offload::cipher_suites)).
+    pub fn set_seal_provider(&mut self, provider: &dyn SealProvider) {
+        self.shard.set_seal_provider(provider);
     }
 
     /// Sends a message to the application; it is taken with the next turn.

@@ -12,6 +12,8 @@ pub(crate) mod ipsec_mb;
 pub(crate) mod mmap;
 pub(crate) mod numa;
 pub(crate) mod raw_array;
+#[cfg(feature = "privileged-tests")]
+pub mod testing;
 pub(crate) mod udp;
 pub(crate) mod uring;
 pub(crate) mod xsk;

@@ -2,6 +2,4 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod netns;
-pub mod seccomp;
-pub mod sysfs;
 pub mod transfer;

@@ -9,9 +9,10 @@
 //! The choice is made when TLS is configured and holds for its connections. Handshake, 0-RTT and
 //! 1-RTT packets of the AES suites follow it; Initial packets, whose key anybody can compute, and
 //! ChaCha20-Poly1305 stay with aws-lc-rs. Limits on the use of a key are RFC 9001's (§6.6) for
-//! either provider. FIPS is not claimed.
+//! either provider. FIPS is not claimed. Sealing by a device, later, is [`offload`]'s.
 
 mod ipsec_mb;
+pub mod offload;
 mod self_test;
 
 use std::fmt;
