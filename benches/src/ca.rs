@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/ca/         the CA: keys, books, root.pem, crl.pem; locked by the process that serves
 //! DIR/tokens/     enrolment tokens, made by `token` while `serve` runs
+//! DIR/revocations/  orders of `revoke` to the process that serves, and its answers
 //! DIR/fleet.key   what the secrets of fleets are derived from
 //! ```
 
@@ -18,11 +19,15 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use stoq::ca::{CaService, RemoteCa, RemoteCaConfig};
 use stoq::certs::trustchain::{TRUSTCHAIN_ALPN, TokenDirectory, TrustchainServer};
 use stoq::certs::{
-    ClientAuth, IdentityNames, LocalCa, LocalCaConfig, MaintenanceThread, RotatingIdentity,
-    ServerTls, SharedKeys, SystemWallClock, TrustStore, certificates_from_file,
+    CertsError, ClientAuth, IdentityNames, LocalCa, LocalCaConfig, MaintenanceThread, Periodic,
+    RevocationDesk, RevocationDirectory, RotatingIdentity, ServerTls, SharedKeys, SystemWallClock,
+    TrustStore, certificates_from_file,
 };
 
 use crate::output;
+
+/// How long `revoke` waits for a CA that serves.
+const REVOCATION_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Flags of `stoq ca`.
 #[derive(ClapArgs)]
@@ -39,8 +44,7 @@ enum Command {
     Token(Token),
     /// Print the root certificate (PEM): what nodes and their peers must trust.
     Root(Place),
-    /// Revoke every certificate with exactly these names. The CA must not be serving: stop it for the
-    /// moment; nodes wait.
+    /// Revoke every certificate with exactly these names; works while the CA serves, and without.
     Revoke(Revoke),
 }
 
@@ -203,7 +207,10 @@ fn serve(args: &Serve) -> anyhow::Result<()> {
         .with_tokens(TokenDirectory::open(&args.place.dir.join("tokens"))?)
         .with_fleet_keys(SharedKeys::load_or_create(&args.place.dir.join("fleet.key"))?);
     let server = Arc::new(server);
-    let mut tasks = tls.tasks();
+    let orders = RevocationDirectory::open(&args.place.dir.join("revocations"))?;
+    // The desk before the trust, so that a new list is read in the same round.
+    let mut tasks: Vec<Arc<dyn Periodic>> = vec![Arc::new(RevocationDesk::new(ca.clone(), orders))];
+    tasks.extend(tls.tasks());
     tasks.push(ca);
     let _maintenance = MaintenanceThread::spawn(Arc::new(SystemWallClock), tasks)?;
     let service = CaService::start(args.listen, &tls, server.clone())?;
@@ -273,9 +280,25 @@ fn root(place: &Place) -> anyhow::Result<()> {
 
 fn revoke(args: &Revoke) -> anyhow::Result<()> {
     let names = args.names.parse()?;
-    let ca = LocalCa::open(&args.place.dir.join("ca"), LocalCaConfig::default())?;
-    let serials = ca.revoke(&names)?;
-    ca.revocation_list()?;
+    let dir = args.place.dir.join("ca");
+    anyhow::ensure!(
+        dir.join("root.pem").exists(),
+        "{} holds no CA: `stoq ca serve --dir` makes one",
+        args.place.dir.display()
+    );
+    let serials = match LocalCa::open(&dir, LocalCaConfig::default()) {
+        Ok(ca) => {
+            let serials = ca.revoke(&names)?;
+            ca.revocation_list()?;
+            serials
+        }
+        // Whoever serves does it.
+        Err(CertsError::DirectoryLocked { .. }) => {
+            let orders = RevocationDirectory::open(&args.place.dir.join("revocations"))?;
+            orders.revoke(&names, REVOCATION_PATIENCE)?
+        }
+        Err(error) => return Err(error.into()),
+    };
     if args.place.json {
         return output::json_line(&json!({ "revoked": serials }));
     }

@@ -12,14 +12,14 @@ use std::time::{Duration, SystemTime};
 
 use pair::Watchdog;
 use stoq::VarInt;
-use stoq::ca::{CaService, RemoteCa, RemoteCaConfig};
+use stoq::ca::{CaService, RemoteCa, RemoteCaConfig, RevocationFeed};
 use stoq::certs::trustchain::{
     FrameReader, Message, RefusalCode, TRUSTCHAIN_ALPN, TokenDirectory, TrustchainServer,
 };
 use stoq::certs::{
     CertificateAuthority, CertificateFault, CertsError, ClientAuth, ClientTls, IdentityBuilder,
-    IdentityNames, LocalCa, LocalCaConfig, Periodic, RotatingIdentity, ServerTls, SharedKeys,
-    SimWallClock, TrustStore, WallClock,
+    IdentityNames, LocalCa, LocalCaConfig, Periodic, RevocationDesk, RevocationDirectory,
+    RotatingIdentity, ServerTls, SharedKeys, SimWallClock, TrustStore, WallClock,
 };
 use stoq::engine::Engine;
 
@@ -252,6 +252,92 @@ fn a_revoked_node_renews_no_more() {
     assert_eq!(status.renewals, 0, "{status:?}");
     assert!(status.last_error.as_ref().is_some_and(|why| why.contains("revoked")), "{status:?}");
     assert_eq!(ca.server.counters().renewed, 0);
+}
+
+/// A node follows its CA's revocation list: whom the CA revokes, while both run, the node's server
+/// refuses; while the CA is away the last list stands.
+#[test]
+fn a_revocation_reaches_the_nodes_of_a_running_ca() {
+    let _watchdog = Watchdog::new("a_revocation_reaches_the_nodes_of_a_running_ca");
+    let (scratch, clock) = (Scratch::new(), sim_clock());
+    let ca = Ca::start(&scratch.0, &clock, 0);
+    let orders = scratch.0.join("revocations");
+    let open = || RevocationDirectory::open(&orders).expect("a directory");
+    let desk = RevocationDesk::new(ca.ca.clone(), open());
+    let enrol = |name: &str| {
+        let mut config = ca.config(&clock, Some(ca.token(name)));
+        config.timeout = Duration::from_secs(5);
+        let remote = RemoteCa::new(config).expect("a client");
+        let identity = identity(&remote, name, &clock).start().expect("enrolled");
+        (remote, identity)
+    };
+    let (server_ca, server) = enrol("a.example");
+    let (_, thief) = enrol("thief.example");
+    let (_, good) = enrol("good.example");
+    let path = scratch.0.join("node-crl.pem");
+    let feed = RevocationFeed::start(server_ca.clone(), &path).expect("fetched");
+    let trust = TrustStore::builder().roots([ca.ca.root()]).crl_pem(&path).build().expect("trust");
+    let tls = ServerTls::builder()
+        .identity(server)
+        .client_auth(ClientAuth::Required(trust.clone()))
+        .clock(clock.clone())
+        .alpn(["t"])
+        .build()
+        .expect("TLS");
+    let serving = Arc::new(
+        Engine::builder().config(pair::config()).server(tls.crypto()).start().expect("starts"),
+    );
+    let client = Engine::builder().config(pair::config()).start().expect("starts");
+    let root = ca.ca.root();
+    let visit = |identity: &Arc<RotatingIdentity>| {
+        let tls = ClientTls::builder()
+            .roots([root.clone()])
+            .identity(identity.clone())
+            .clock(clock.clone())
+            .alpn(["t"])
+            .build()
+            .expect("TLS");
+        pollster::block_on(async {
+            let accepting = async { serving.accept().await.expect("knocks").accept().await };
+            let name = "a.example";
+            let connecting = client.connect_with(serving.local_addr(), name, tls.crypto());
+            // The client's side is done before the server has judged its certificate.
+            let (connected, accepted) = futures_util::future::join(connecting, accepting).await;
+            drop(connected);
+            accepted.map(drop)
+        })
+    };
+    visit(&thief).expect("not revoked yet");
+    // Ordered by another process, in effect.
+    let revoked = std::thread::scope(|scope| {
+        let patience = Duration::from_secs(60);
+        let order = scope.spawn(move || open().revoke(&node("thief.example"), patience));
+        while !order.is_finished() {
+            desk.poll(clock.now());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        order.join().expect("did not panic")
+    });
+    assert_eq!(revoked.expect("revoked").len(), 1);
+    clock.advance(Duration::from_secs(61));
+    feed.poll(clock.now());
+    trust.poll(clock.now());
+    assert_eq!((feed.update_count(), trust.reload_count()), (2, 1));
+    let error = visit(&thief).expect_err("revoked");
+    assert!(error.to_string().contains("revoked"), "{error}");
+    assert_eq!(tls.faults().count(CertificateFault::Revoked), 1);
+    visit(&good).expect("nobody else is");
+    // Nothing new, then no CA: the list stands, across a restart, too.
+    clock.advance(Duration::from_secs(61));
+    feed.poll(clock.now());
+    assert_eq!((feed.update_count(), feed.failure_count()), (2, 0));
+    drop((desk, ca));
+    clock.advance(Duration::from_secs(61));
+    feed.poll(clock.now());
+    assert_eq!((feed.update_count(), feed.failure_count()), (2, 1));
+    let feed = RevocationFeed::start(server_ca.clone(), &path).expect("the stored list serves");
+    assert_eq!(feed.failure_count(), 1);
+    RevocationFeed::start(server_ca, scratch.0.join("other.pem")).expect_err("nothing to serve");
 }
 
 /// A node whose clock is wrong cannot enrol or renew, keeps what it has, and is told why; so is one

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quinn_proto::VarInt;
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 
 use super::block_on::block_on;
 use crate::certs::trustchain::{
-    BODY_SIZE_BYTES_MAX, Message, TRUSTCHAIN_ALPN, TrustchainAuthority, TrustchainTransport,
+    ANSWER_SIZE_BYTES_MAX, Message, TRUSTCHAIN_ALPN, TrustchainAuthority, TrustchainTransport,
 };
 use crate::certs::{
     CaError, CertificateAuthority, CertificateFault, CertificateRequest, CertsError, ClientTls,
@@ -100,6 +100,17 @@ impl RemoteCa {
     pub fn shared_keys(&self) -> Result<SharedKeys, CaError> {
         self.authority.shared_keys()
     }
+
+    /// The CA's current revocation list, or `None` if it keeps none. [`RevocationFeed`](super::RevocationFeed)
+    /// keeps a file of it current.
+    ///
+    /// # Errors
+    /// No answer.
+    pub fn revocation_list(
+        &self,
+    ) -> Result<Option<CertificateRevocationListDer<'static>>, CaError> {
+        self.authority.revocation_list()
+    }
 }
 
 impl CertificateAuthority for RemoteCa {
@@ -144,7 +155,7 @@ impl Link {
     }
 
     fn exchange(&self, request: &[u8]) -> Result<Vec<u8>, CaError> {
-        let tls = self.tls(Message::is_enrolment(request)).map_err(CaError::internal)?;
+        let tls = self.tls(Message::is_anonymous(request)).map_err(CaError::internal)?;
         let engine = Engine::builder()
             .config(self.transport())
             .client(tls.crypto())
@@ -174,7 +185,7 @@ impl Link {
             .map_err(|error| error.to_string())?;
         send.finish().map_err(|error| error.to_string())?;
         let answer = recv
-            .read_to_end(BODY_SIZE_BYTES_MAX + LENGTH_SIZE_BYTES)
+            .read_to_end(ANSWER_SIZE_BYTES_MAX + LENGTH_SIZE_BYTES)
             .await
             .map_err(|error| error.to_string())?;
         connection.close(VarInt::from_u32(0), b"done");
@@ -182,13 +193,13 @@ impl Link {
     }
 
     /// Shows the current certificate, if there is one and it is asked for.
-    fn tls(&self, enrols: bool) -> Result<ClientTls, CertsError> {
+    fn tls(&self, anonymous: bool) -> Result<ClientTls, CertsError> {
         let builder = ClientTls::builder()
             .trust(Arc::clone(&self.trust))
             .clock(Arc::clone(&self.config.clock))
             .alpn([TRUSTCHAIN_ALPN]);
         let identity = self.identity().upgrade();
-        match identity.filter(|identity| !enrols && identity.certified_key().is_some()) {
+        match identity.filter(|identity| !anonymous && identity.certified_key().is_some()) {
             Some(identity) => builder.identity(identity).build(),
             None => builder.build(),
         }

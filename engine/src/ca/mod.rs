@@ -11,7 +11,9 @@
 
 mod block_on;
 mod client;
+mod revocations;
 mod service;
 
 pub use client::{RemoteCa, RemoteCaConfig};
+pub use revocations::RevocationFeed;
 pub use service::{CONNECTIONS_MAX, CaService};

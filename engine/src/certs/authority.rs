@@ -3,7 +3,9 @@
 use std::sync::Weak;
 use std::time::{Duration, SystemTime};
 
-use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, CertificateSigningRequestDer,
+};
 
 use super::error::{CaError, CertsError};
 use super::names::{CLIENT_URI_PREFIX, IdentityNames};
@@ -51,6 +53,17 @@ pub trait CertificateAuthority: Send + Sync {
     /// As [`Self::issue`]; the plan stays as it is.
     fn renewal_window(&self, leaf: &CertificateDer<'_>) -> Result<Option<RenewalWindow>, CaError> {
         let _unused = leaf;
+        Ok(None)
+    }
+
+    /// The list of revoked certificates that is good now, if the CA keeps one (RFC 5280, section 5).
+    /// Default: none.
+    ///
+    /// # Errors
+    /// It could not be signed or saved.
+    fn current_revocation_list(
+        &self,
+    ) -> Result<Option<CertificateRevocationListDer<'static>>, CaError> {
         Ok(None)
     }
 

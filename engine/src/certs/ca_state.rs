@@ -9,7 +9,8 @@ use super::fault::CertificateFault;
 use super::names::{CertificateSummary, IdentityNames, unhex};
 use super::wall_clock::unix_seconds;
 
-/// Most unexpired certificates that one embedded CA tracks; more nodes deserve a CA of their own.
+/// Most certificates that one embedded CA tracks, unexpired or revoked; more nodes deserve a CA of
+/// their own. Bounds the revocation list, too.
 pub(super) const ISSUED_MAX: usize = 16_384;
 /// A revocation stays listed this long after the certificate's end, for verifiers with slow clocks.
 const REVOKED_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -71,9 +72,9 @@ impl CaState {
         let now_s = unix_seconds(now);
         self.issued.retain(|issued| issued.not_after_unix_s >= now_s);
         self.revoked.retain(|revoked| revoked.not_after_unix_s + REVOKED_KEPT.as_secs() >= now_s);
-        if self.issued.len() >= ISSUED_MAX {
+        if self.issued.len() + self.revoked.len() >= ISSUED_MAX {
             return Err(CaError::refused(format!(
-                "{ISSUED_MAX} certificates are valid already; wait for some to expire"
+                "{ISSUED_MAX} certificates are valid or revoked already; wait for some to expire"
             )));
         }
         self.issued.push(Issued {

@@ -18,7 +18,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose, SerialNumber,
 };
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 
 use super::authority::{self, CertificateAuthority, CertificateRequest};
 use super::ca_state::CaState;
@@ -113,6 +113,8 @@ pub struct LocalCa {
 struct Inner {
     material: Material,
     state: CaState,
+    /// As last signed.
+    list: Option<CertificateRevocationListDer<'static>>,
 }
 
 /// Both certificates with their keys.
@@ -189,7 +191,7 @@ impl LocalCa {
             policy,
             clock,
             storage,
-            inner: Mutex::new(Inner { material, state }),
+            inner: Mutex::new(Inner { material, state, list: None }),
             crl_due: Mutex::new(None),
         })
     }
@@ -245,6 +247,7 @@ impl LocalCa {
         self.save(&state)?;
         inner.state = state;
         self.storage.replace(CRL_FILE, text.as_bytes(), Access::Everyone)?;
+        inner.list = Some(list.der().clone());
         Ok(text)
     }
 
@@ -333,6 +336,16 @@ impl CertificateAuthority for LocalCa {
         self.save(&state).map_err(|error| CaError::Storage(Box::new(error)))?;
         inner.state = state;
         Ok(vec![leaf, inner.material.intermediate.clone()])
+    }
+
+    /// As last signed, by [`Self::revocation_list`] or by polling; signed now if it never was.
+    fn current_revocation_list(
+        &self,
+    ) -> Result<Option<CertificateRevocationListDer<'static>>, CaError> {
+        if self.lock().list.is_none() {
+            self.revocation_list().map_err(|error| CaError::Storage(Box::new(error)))?;
+        }
+        Ok(self.lock().list.clone())
     }
 }
 

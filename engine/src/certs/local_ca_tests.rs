@@ -169,6 +169,34 @@ fn positive_integers_are_minimal() {
     assert_eq!(positive(&[0xff, 0]), [0x7f, 0]);
 }
 
+/// A list of all that a CA remembers fits into one answer of the certificate service.
+#[test]
+fn the_longest_revocation_list_can_be_sent() {
+    use crate::certs::ca_state::ISSUED_MAX;
+    use crate::certs::trustchain::Message;
+    let clock = clock();
+    let ca = LocalCa::in_memory(LocalCaConfig::default(), clock.clone()).unwrap();
+    {
+        let mut inner = ca.lock();
+        for index in 0..ISSUED_MAX {
+            let summary = CertificateSummary {
+                serial: format!("7f{index:030x}"),
+                not_before: clock.now(),
+                not_after: clock.now() + DAY,
+                names: names(),
+                is_ca: false,
+            };
+            inner.state.record(&summary, clock.now()).unwrap();
+        }
+    }
+    assert_eq!(ca.revoke(&names()).unwrap().len(), ISSUED_MAX);
+    ca.revocation_list().unwrap();
+    let list = ca.current_revocation_list().unwrap().unwrap().as_ref().to_vec();
+    assert!(list.len() > 30 * ISSUED_MAX);
+    Message::Revoked { list }.encode().unwrap();
+    assert!(matches!(issue(&ca, &names()), Err(CaError::Refused { .. })), "as many as it tracks");
+}
+
 #[test]
 fn a_polled_ca_keeps_its_revocation_list_current() {
     let dir = TestDir::new();

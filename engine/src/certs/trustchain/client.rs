@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard};
 
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 
 use super::codec::{FrameReader, Message, RefusalCode};
 use crate::certs::authority::{CertificateAuthority, CertificateRequest};
@@ -75,13 +75,28 @@ impl TrustchainAuthority {
         }
     }
 
+    /// The CA's current revocation list, or `None` if it keeps none. No certificate is needed.
+    ///
+    /// # Errors
+    /// No answer.
+    pub fn revocation_list(
+        &self,
+    ) -> Result<Option<CertificateRevocationListDer<'static>>, CaError> {
+        match self.ask(&Message::List)? {
+            Message::Revoked { list } if list.is_empty() => Ok(None),
+            Message::Revoked { list } => Ok(Some(list.into())),
+            Message::Refused { code, reason } => Err(error_of(code, reason)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     fn token(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
         self.token.lock().expect("no panic while locked")
     }
 
     fn ask(&self, request: &Message) -> Result<Message, CaError> {
         let answer = self.transport.exchange(&request.encode().map_err(CaError::invalid)?)?;
-        FrameReader::default()
+        FrameReader::of_answers()
             .handle_bytes(&answer)
             .map_err(|error| CaError::Unreachable { reason: error.to_string() })?
             .ok_or_else(|| CaError::Unreachable { reason: "the answer was cut short".to_owned() })
@@ -135,9 +150,12 @@ fn error_of(code: RefusalCode, reason: String) -> CaError {
 
 fn unexpected(answer: &Message) -> CaError {
     let kind = match answer {
-        Message::Enrol { .. } | Message::Renew { .. } | Message::Keys => "a request",
+        Message::Enrol { .. } | Message::Renew { .. } | Message::Keys | Message::List => {
+            "a request"
+        }
         Message::Issued { .. } => "a certificate",
         Message::Secret { .. } => "a secret",
+        Message::Revoked { .. } => "a revocation list",
         Message::Refused { .. } => "a refusal",
     };
     CaError::Unreachable { reason: format!("the service answered with {kind}") }

@@ -1,21 +1,26 @@
 //! The messages of `trustchain/1`, byte for byte.
 //!
 //! ```text
-//! frame    = length u32 │ body                      length of the body, at most 64 KiB
+//! frame    = length u32 │ body                      length of the body, at most 64 KiB, of a list 1 MiB
 //! enrol    = 1 u8 │ token bytes16 │ csr bytes16     first certificate, one-time token
 //! renew    = 2 u8 │ csr bytes16                     authenticated by the current certificate
 //! issued   = 3 u8 │ count u8 │ count × bytes16      chain, leaf first
 //! refused  = 4 u8 │ code u8 │ reason bytes16        reason in UTF-8
 //! keys     = 5 u8                                   the service's shared secret, please
 //! secret   = 6 u8 │ secret bytes16                  for those whose certificates have the same names
+//! list     = 7 u8                                   the CA's revocation list, please
+//! revoked  = 8 u8 │ list bytes32                    RFC 5280, DER; empty if the CA has none
 //! bytes16  = length u16 │ bytes
+//! bytes32  = length u32 │ bytes
 //! ```
 //!
 //! Integers are big-endian. A body holds exactly one message: bytes after it are an error. The
 //! version is in the application protocol (ALPN), so messages carry none.
 
-/// Largest body.
+/// Largest body of any message but a revocation list.
 pub const BODY_SIZE_BYTES_MAX: usize = 64 * 1024;
+/// Largest body of an answer: a list of as many revocations as an embedded CA remembers.
+pub const ANSWER_SIZE_BYTES_MAX: usize = 1024 * 1024;
 /// Most certificates in a chain.
 const CHAIN_LENGTH_MAX: usize = 8;
 const LENGTH_SIZE_BYTES: usize = 4;
@@ -26,6 +31,8 @@ const ISSUED: u8 = 3;
 const REFUSED: u8 = 4;
 const KEYS: u8 = 5;
 const SECRET: u8 = 6;
+const LIST: u8 = 7;
+const REVOKED: u8 = 8;
 
 /// One message of either direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +60,13 @@ pub enum Message {
     Secret {
         /// For [`SharedKeys::from_secret`](crate::certs::SharedKeys::from_secret).
         secret: Vec<u8>,
+    },
+    /// Asks for the current revocation list; anybody may.
+    List,
+    /// The revocation list.
+    Revoked {
+        /// DER (RFC 5280, section 5); empty if the CA keeps none.
+        list: Vec<u8>,
     },
     /// No certificate.
     Refused {
@@ -147,6 +161,13 @@ impl Message {
                 }
             }
             Self::Keys => out.push(KEYS),
+            Self::List => out.push(LIST),
+            Self::Revoked { list } => {
+                out.push(REVOKED);
+                let length = u32::try_from(list.len()).map_err(|_| CodecError::TooLarge)?;
+                out.extend(length.to_be_bytes());
+                out.extend_from_slice(list);
+            }
             Self::Secret { secret } => {
                 out.push(SECRET);
                 put_bytes16(&mut out, secret)?;
@@ -157,17 +178,21 @@ impl Message {
             }
         }
         let body_size_bytes = out.len() - LENGTH_SIZE_BYTES;
-        if body_size_bytes > BODY_SIZE_BYTES_MAX {
+        let size_bytes_max = match self {
+            Self::Revoked { .. } => ANSWER_SIZE_BYTES_MAX,
+            _ => BODY_SIZE_BYTES_MAX,
+        };
+        if body_size_bytes > size_bytes_max {
             return Err(CodecError::TooLarge);
         }
         out[..LENGTH_SIZE_BYTES].copy_from_slice(&(body_size_bytes as u32).to_be_bytes());
         Ok(out)
     }
 
-    /// Whether a framed message is an enrolment, which a certificate would not help: it may have
-    /// expired.
-    pub(crate) fn is_enrolment(frame: &[u8]) -> bool {
-        frame.get(LENGTH_SIZE_BYTES) == Some(&ENROL)
+    /// Whether a framed message is a request that a certificate would not help, and that must not
+    /// fail because the certificate has expired.
+    pub(crate) fn is_anonymous(frame: &[u8]) -> bool {
+        matches!(frame.get(LENGTH_SIZE_BYTES), Some(&(ENROL | LIST)))
     }
 
     /// Reads the body of a frame.
@@ -199,6 +224,8 @@ impl Message {
                     .map_err(|_| CodecError::Unknown)?,
             },
             KEYS => Self::Keys,
+            LIST => Self::List,
+            REVOKED => Self::Revoked { list: take_bytes32(&mut rest)?.to_vec() },
             SECRET => Self::Secret { secret: take_bytes16(&mut rest)?.to_vec() },
             _ => return Err(CodecError::Unknown),
         };
@@ -227,13 +254,35 @@ fn take_bytes16<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], CodecError> {
     Ok(bytes)
 }
 
+fn take_bytes32<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], CodecError> {
+    let (length, tail) = rest.split_first_chunk::<4>().ok_or(CodecError::Truncated)?;
+    let length = u32::from_be_bytes(*length) as usize;
+    let (bytes, tail) = tail.split_at_checked(length).ok_or(CodecError::Truncated)?;
+    *rest = tail;
+    Ok(bytes)
+}
+
 /// Collects one frame from a stream, however it is cut.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FrameReader {
     bytes: Vec<u8>,
+    body_size_bytes_max: usize,
+}
+
+impl Default for FrameReader {
+    /// A reader of requests: up to [`BODY_SIZE_BYTES_MAX`].
+    fn default() -> Self {
+        Self { bytes: Vec::new(), body_size_bytes_max: BODY_SIZE_BYTES_MAX }
+    }
 }
 
 impl FrameReader {
+    /// A reader of answers: up to [`ANSWER_SIZE_BYTES_MAX`].
+    #[must_use]
+    pub fn of_answers() -> Self {
+        Self { body_size_bytes_max: ANSWER_SIZE_BYTES_MAX, ..Self::default() }
+    }
+
     /// Takes the next bytes of the stream; the message once it is whole.
     ///
     /// # Errors
@@ -241,7 +290,7 @@ impl FrameReader {
     /// use then.
     pub fn handle_bytes(&mut self, bytes: &[u8]) -> Result<Option<Message>, CodecError> {
         // Checked before taking, so that a peer cannot make this grow.
-        if self.bytes.len() + bytes.len() > LENGTH_SIZE_BYTES + BODY_SIZE_BYTES_MAX {
+        if self.bytes.len() + bytes.len() > LENGTH_SIZE_BYTES + self.body_size_bytes_max {
             return Err(CodecError::TooLarge);
         }
         self.bytes.extend_from_slice(bytes);
@@ -249,7 +298,7 @@ impl FrameReader {
             return Ok(None);
         };
         let length = u32::from_be_bytes(*length) as usize;
-        if length > BODY_SIZE_BYTES_MAX {
+        if length > self.body_size_bytes_max {
             return Err(CodecError::TooLarge);
         }
         match body.len().cmp(&length) {
@@ -273,6 +322,9 @@ mod tests {
             Message::Renew { csr: vec![3; 300] },
             Message::Keys,
             Message::Secret { secret: vec![5; 64] },
+            Message::List,
+            Message::Revoked { list: vec![6; 500] },
+            Message::Revoked { list: Vec::new() },
             Message::Issued { chain: vec![vec![4; 700], Vec::new()] },
             Message::Issued { chain: Vec::new() },
             Message::Refused { code: RefusalCode::Unauthorized, reason: "näh".to_owned() },
@@ -283,8 +335,8 @@ mod tests {
     fn messages_round_trip_in_any_pieces() {
         for message in samples() {
             let frame = message.encode().unwrap();
-            let enrols = matches!(message, Message::Enrol { .. });
-            assert_eq!(Message::is_enrolment(&frame), enrols);
+            let anonymous = matches!(message, Message::Enrol { .. } | Message::List);
+            assert_eq!(Message::is_anonymous(&frame), anonymous);
             for piece in [1, 2, 3, 7, frame.len()] {
                 let mut reader = FrameReader::default();
                 let mut found = None;
@@ -323,6 +375,12 @@ mod tests {
         assert_eq!(wide.encode(), Err(CodecError::TooLarge));
         let heavy = Message::Issued { chain: vec![vec![0; 40_000]; 2] };
         assert_eq!(heavy.encode(), Err(CodecError::TooLarge));
+        let long_list = Message::Revoked { list: vec![0; ANSWER_SIZE_BYTES_MAX] };
+        assert_eq!(long_list.encode(), Err(CodecError::TooLarge));
+        let list = Message::Revoked { list: vec![0; ANSWER_SIZE_BYTES_MAX - 5] };
+        let frame = list.encode().unwrap();
+        assert_eq!(FrameReader::of_answers().handle_bytes(&frame), Ok(Some(list)));
+        assert_eq!(FrameReader::default().handle_bytes(&frame), Err(CodecError::TooLarge));
         assert_eq!(Message::decode(&[ISSUED, 9]), Err(CodecError::TooLarge));
         assert_eq!(Message::decode(&[9]), Err(CodecError::Unknown));
         assert_eq!(Message::decode(&[REFUSED, 9, 0, 0]), Err(CodecError::Unknown));

@@ -5,6 +5,7 @@
 //!      ◄── chain or refusal ────
 //! node ── renew (CSR), over a connection authenticated by its current certificate ──► …
 //! node ── keys, authenticated alike ──► the secret of all machines with the same names
+//! anybody ── list ──► the CA's revocation list
 //! ```
 //!
 //! Bytes in, bytes out: the transport is the caller's ([`crate::ca`] is STOQ's own). The server
@@ -20,7 +21,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 pub use client::{TrustchainAuthority, TrustchainTransport};
-pub use codec::{BODY_SIZE_BYTES_MAX, CodecError, FrameReader, Message, RefusalCode};
+pub use codec::{
+    ANSWER_SIZE_BYTES_MAX, BODY_SIZE_BYTES_MAX, CodecError, FrameReader, Message, RefusalCode,
+};
 pub use tokens::{TOKENS_MAX, TokenDirectory};
 
 use super::authority::{CertificateAuthority, CertificateRequest};
@@ -137,7 +140,11 @@ impl TrustchainServer {
             Message::Enrol { token, csr } => (self.enrol(token, csr), &self.enrolled),
             Message::Renew { csr } => (self.renew(csr, peer), &self.renewed),
             Message::Keys => return self.keys(peer),
-            Message::Issued { .. } | Message::Refused { .. } | Message::Secret { .. } => {
+            Message::List => return self.list(),
+            Message::Issued { .. }
+            | Message::Refused { .. }
+            | Message::Secret { .. }
+            | Message::Revoked { .. } => {
                 let answer = refusal(RefusalCode::Invalid, "an answer was sent as a request");
                 (answer, &self.refused)
             }
@@ -198,6 +205,19 @@ impl TrustchainServer {
         match keys.secret_of(names.dns()) {
             Ok(secret) => Message::Secret { secret: secret.to_vec() },
             Err(error) => self.unavailable(&error),
+        }
+    }
+
+    fn list(&self) -> Message {
+        match self.ca.current_revocation_list() {
+            Ok(list) => {
+                Message::Revoked { list: list.map_or_else(Vec::new, |list| list.as_ref().to_vec()) }
+            }
+            Err(error) => {
+                self.faults.record(error.fault());
+                tracing::warn!(%error, "trustchain: no revocation list");
+                refusal(RefusalCode::Unavailable, error.to_string())
+            }
         }
     }
 

@@ -204,6 +204,32 @@ fn a_restarted_node_with_a_spent_token_renews() {
 }
 
 #[test]
+fn the_revocation_list_is_for_everybody() {
+    let service = Service::new();
+    // This CA keeps none.
+    let answer = service.server.handle_request(&Message::List, None);
+    assert_eq!(answer, Message::Revoked { list: Vec::new() });
+    let clock = service.clock.clone();
+    let ca = Arc::new(LocalCa::in_memory(LocalCaConfig::default(), clock.clone()).unwrap());
+    let server = TrustchainServer::new(ca.clone(), clock);
+    let list = |expected: usize| {
+        let answer = server.handle_request(&Message::List, None);
+        let Message::Revoked { list } = answer else { panic!("{answer:?}") };
+        let (_, parsed) = x509_parser::parse_x509_crl(&list).unwrap();
+        assert_eq!(parsed.iter_revoked_certificates().count(), expected);
+        list.clone()
+    };
+    let first = list(0);
+    assert_eq!(list(0), first, "signed once, not for everybody who asks");
+    let csr = csr().into();
+    ca.issue(&CertificateRequest { csr: &csr, names: &names() }).unwrap();
+    assert_eq!(ca.revoke(&names()).unwrap().len(), 1);
+    assert_eq!(list(0), first);
+    ca.revocation_list().unwrap();
+    list(1);
+}
+
+#[test]
 fn machines_with_the_same_names_share_a_secret() {
     let service = Service::new();
     let clock = service.clock.clone();
