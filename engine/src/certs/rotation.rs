@@ -29,6 +29,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use super::authority::{CertificateAuthority, CertificateRequest, key_and_request};
 use super::error::CertsError;
 use super::fault::{CertificateFault, FaultCounters};
+use super::keys::{KeyAlgorithm, PrivateKey};
 use super::local_ca::{LocalCa, LocalCaConfig};
 use super::maintenance::{MaintenanceThread, Periodic};
 use super::names::{CertificateSummary, IdentityNames};
@@ -114,6 +115,7 @@ pub struct RotatingIdentity {
     trust: Option<Arc<TrustStore>>,
     roots: Vec<CertificateDer<'static>>,
     store: Option<PathBuf>,
+    key_algorithm: KeyAlgorithm,
     clock: Arc<dyn WallClock>,
     on_event: Option<EventCallback>,
     current: ArcSwapOption<CertifiedKey>,
@@ -151,6 +153,7 @@ pub struct IdentityBuilder {
     source: SourceChoice,
     roots: Vec<CertificateDer<'static>>,
     store: Option<PathBuf>,
+    key_algorithm: KeyAlgorithm,
     clock: Arc<dyn WallClock>,
     jitter_seed: Option<u64>,
     allow_pending: bool,
@@ -168,6 +171,7 @@ impl IdentityBuilder {
             source,
             roots: Vec::new(),
             store: None,
+            key_algorithm: KeyAlgorithm::default(),
             clock: Arc::new(SystemWallClock),
             jitter_seed: None,
             allow_pending: false,
@@ -186,6 +190,14 @@ impl IdentityBuilder {
     #[must_use]
     pub fn store(mut self, path: impl Into<PathBuf>) -> Self {
         self.store = Some(path.into());
+        self
+    }
+
+    /// Kind of the keys that it makes; with [`RotatingIdentity::self_signed`] also of its root. A stored
+    /// certificate serves on whatever its kind. Default [`KeyAlgorithm::EcdsaP256`].
+    #[must_use]
+    pub fn key_algorithm(mut self, algorithm: KeyAlgorithm) -> Self {
+        self.key_algorithm = algorithm;
         self
     }
 
@@ -227,7 +239,9 @@ impl IdentityBuilder {
         let (source, mut roots) = match self.source {
             SourceChoice::Given(source) => (source, self.roots),
             SourceChoice::SelfSigned(names) => {
-                let ca = LocalCa::in_memory(LocalCaConfig::default(), Arc::clone(&self.clock))?;
+                let config =
+                    LocalCaConfig { key_algorithm: self.key_algorithm, ..LocalCaConfig::default() };
+                let ca = LocalCa::in_memory(config, Arc::clone(&self.clock))?;
                 let root = ca.root();
                 (Source::Authority { ca: Arc::new(ca), names }, vec![root])
             }
@@ -250,6 +264,7 @@ impl IdentityBuilder {
             trust,
             roots,
             store: self.store,
+            key_algorithm: self.key_algorithm,
             clock: self.clock,
             on_event: self.on_event,
             current: ArcSwapOption::empty(),
@@ -384,9 +399,9 @@ impl RotatingIdentity {
     fn obtain(&self, control: &mut Control, now: SystemTime) -> Result<(), CertsError> {
         match &self.source {
             Source::Authority { ca, names } => {
-                let (key, csr) = key_and_request(names)?;
+                let (key, csr) = key_and_request(names, self.key_algorithm)?;
                 let chain = ca.issue(&CertificateRequest { csr: &csr, names })?;
-                let key_der = PrivatePkcs8KeyDer::from(key.serialize_der());
+                let key_der = PrivatePkcs8KeyDer::from(key.pkcs8().to_vec());
                 // The date moves on while a CA thinks.
                 let now = now.max(self.clock.now());
                 self.install(control, chain.clone(), key_der.into(), Some(names), now)?;
@@ -487,9 +502,9 @@ impl RotatingIdentity {
     }
 
     /// A certificate that cannot be saved still serves: the next start asks the CA.
-    fn save(&self, chain: &[CertificateDer<'static>], key: &rcgen::KeyPair) {
+    fn save(&self, chain: &[CertificateDer<'static>], key: &PrivateKey) {
         let Some(path) = &self.store else { return };
-        let mut text = pem::encode("PRIVATE KEY", key.serialized_der());
+        let mut text = pem::encode("PRIVATE KEY", key.pkcs8());
         for certificate in chain {
             text.push_str(&pem::encode("CERTIFICATE", certificate));
         }
