@@ -19,9 +19,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use stoq::ca::{CaService, RemoteCa, RemoteCaConfig};
 use stoq::certs::trustchain::{TRUSTCHAIN_ALPN, TokenDirectory, TrustchainServer};
 use stoq::certs::{
-    CertsError, ClientAuth, IdentityNames, LocalCa, LocalCaConfig, MaintenanceThread, Periodic,
-    RevocationDesk, RevocationDirectory, RotatingIdentity, ServerTls, SharedKeys, SystemWallClock,
-    TrustStore, certificates_from_file,
+    CertsError, ClientAuth, IdentityNames, KeyAlgorithm, LocalCa, LocalCaConfig, MaintenanceThread,
+    Periodic, RevocationDesk, RevocationDirectory, RotatingIdentity, ServerTls, SharedKeys,
+    SystemWallClock, TrustStore, certificates_from_file,
 };
 
 use crate::output;
@@ -75,6 +75,9 @@ struct Serve {
     /// Certify addresses in these IPv6 prefixes only (`2001:db8::/32`).
     #[arg(long, value_delimiter = ',')]
     permit_ipv6: Vec<String>,
+    /// Kind of the CA's own keys, when it is made.
+    #[arg(long, value_enum, default_value_t)]
+    key_algorithm: KeyChoice,
     /// Life of the certificates issued, s; at least 60.
     #[arg(long, default_value_t = 86_400)]
     lifetime_s: u64,
@@ -112,6 +115,26 @@ struct Revoke {
     names: Names,
 }
 
+/// Kinds of keys, as flags name them.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default)]
+pub enum KeyChoice {
+    /// ECDSA on P-256: small, and every peer verifies it.
+    #[default]
+    EcdsaP256,
+    /// ML-DSA-65, post-quantum: a round trip more, for peers that know it.
+    #[value(name = "ml-dsa-65")]
+    MlDsa65,
+}
+
+impl From<KeyChoice> for KeyAlgorithm {
+    fn from(choice: KeyChoice) -> Self {
+        match choice {
+            KeyChoice::EcdsaP256 => Self::EcdsaP256,
+            KeyChoice::MlDsa65 => Self::MlDsa65,
+        }
+    }
+}
+
 /// Flags of a command that gets its certificate from a CA elsewhere.
 #[derive(ClapArgs, Clone, Debug)]
 pub struct EnrolArgs {
@@ -130,9 +153,17 @@ pub struct EnrolArgs {
     /// Keep key and certificate in this file (mode 0600), so that a restart needs no token.
     #[arg(long)]
     ca_store: Option<PathBuf>,
+    /// Kind of the keys that are made for certificates, of a CA elsewhere or of one's own.
+    #[arg(long, value_enum, default_value_t)]
+    key_algorithm: KeyChoice,
 }
 
 impl EnrolArgs {
+    /// Kind of the keys to make.
+    pub fn key_algorithm(&self) -> KeyAlgorithm {
+        self.key_algorithm.into()
+    }
+
     /// The identity that the CA certifies, if one was asked for.
     pub fn identity(
         &self,
@@ -153,7 +184,9 @@ impl EnrolArgs {
             None => None,
         };
         let ca = RemoteCa::new(config)?;
-        let mut builder = RotatingIdentity::with_authority(ca, names()?).roots(roots);
+        let mut builder = RotatingIdentity::with_authority(ca, names()?)
+            .roots(roots)
+            .key_algorithm(self.key_algorithm());
         if let Some(path) = &self.ca_store {
             builder = builder.store(path);
         }
@@ -182,6 +215,7 @@ fn serve(args: &Serve) -> anyhow::Result<()> {
     make_directory(&args.place.dir)?;
     let config = LocalCaConfig {
         leaf_lifetime: Duration::from_secs(args.lifetime_s),
+        key_algorithm: args.key_algorithm.into(),
         permitted_dns: args.permit_dns.clone(),
         permitted_ipv6: args
             .permit_ipv6
@@ -199,7 +233,7 @@ fn serve(args: &Serve) -> anyhow::Result<()> {
         false => crate::tls::add_names(IdentityNames::new(), &args.names)?,
     };
     let tls = ServerTls::builder()
-        .identity(own_identity(&ca, own)?)
+        .identity(own_identity(&ca, own, args.key_algorithm.into())?)
         .client_auth(ClientAuth::Optional(trust))
         .alpn([TRUSTCHAIN_ALPN])
         .build()?;
@@ -232,8 +266,13 @@ fn serve(args: &Serve) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn own_identity(ca: &Arc<LocalCa>, names: IdentityNames) -> anyhow::Result<Arc<RotatingIdentity>> {
+fn own_identity(
+    ca: &Arc<LocalCa>,
+    names: IdentityNames,
+    algorithm: KeyAlgorithm,
+) -> anyhow::Result<Arc<RotatingIdentity>> {
     RotatingIdentity::with_authority(ca.clone(), names)
+        .key_algorithm(algorithm)
         .roots([ca.root()])
         .start()
         .context("the service's own certificate (--names)")

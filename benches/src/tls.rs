@@ -39,7 +39,10 @@ pub fn server(options: &ServerOptions<'_>) -> anyhow::Result<ServerTls> {
         (None, Some(cert), Some(key)) => RotatingIdentity::from_pem_files(cert, key)
             .start()
             .context("the server's certificate")?,
-        _ => RotatingIdentity::self_signed(names()?).start().context("the server's certificate")?,
+        _ => RotatingIdentity::self_signed(names()?)
+            .key_algorithm(options.enrol.key_algorithm())
+            .start()
+            .context("the server's certificate")?,
     };
     if let Some(path) = options.cert_out {
         let pem: String = identity.roots().iter().map(|root| pem(root)).collect();

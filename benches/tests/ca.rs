@@ -114,13 +114,23 @@ fn serial_of(path: &str) -> String {
 
 #[test]
 fn a_node_enrols_serves_and_restarts_with_what_it_has() {
+    enrols_serves_and_restarts("ecdsa-p256");
+}
+
+#[test]
+fn so_does_one_with_post_quantum_certificates() {
+    enrols_serves_and_restarts("ml-dsa-65");
+}
+
+fn enrols_serves_and_restarts(key: &str) {
     let scratch = Scratch::new();
     let (dir, token_file) = (scratch.file("ca"), scratch.file("token"));
     let (root, store) = (scratch.file("root.pem"), scratch.file("node.pem"));
     let www = scratch.file("www");
     std::fs::create_dir(&www).expect("made");
     std::fs::write(Path::new(&www).join("hello"), "hello, node\n").expect("written");
-    let ca = Server::start(&["ca", "serve", "--dir", &dir, "--listen", "[::1]:0"]);
+    let listen = ["ca", "serve", "--dir", &dir, "--listen", "[::1]:0"];
+    let ca = Server::start(&[&listen[..], &["--key-algorithm", key]].concat());
     std::fs::write(&root, stdout(&["ca", "root", "--dir", &dir])).expect("written");
     let json = stdout(&["ca", "token", "--dir", &dir, "--names", "localhost,::1", "--json"]);
     let json: Value = serde_json::from_str(&json).expect("JSON");
@@ -142,6 +152,8 @@ fn a_node_enrols_serves_and_restarts_with_what_it_has() {
             &token_file,
             "--ca-store",
             &store,
+            "--key-algorithm",
+            key,
         ]
         .map(str::to_owned)
     };

@@ -467,6 +467,42 @@ fn several_shards_and_always_retry() {
     });
 }
 
+/// The server speaks first, on many connections at once that share one address and port.
+#[test]
+fn the_server_opens_streams_on_many_connections() {
+    const LEN: usize = 2 << 20;
+    watched("downloads", || {
+        for (datapath, shards) in [DatapathChoice::Socket, DatapathChoice::IoUring]
+            .into_iter()
+            .flat_map(|d| [(d, 1), (d, 4)])
+        {
+            let engine = || TransportConfig { shards, ..config(datapath) };
+            let pair = Pair::with(engine(), engine());
+            pollster::block_on(async {
+                let mut downloads = Vec::new();
+                for _ in 0..12 {
+                    let (client, server) = pair.connect().await;
+                    downloads.push(async move {
+                        let sending = async {
+                            let mut send = server.open_uni().await.expect("opened");
+                            send.write_all(&vec![7; LEN]).await.expect("written");
+                            send.finish().expect("finished");
+                        };
+                        let receiving = async {
+                            let mut recv = client.accept_uni().await.expect("accepted");
+                            assert_eq!(recv.read_to_end(LEN + 1).await.expect("read").len(), LEN);
+                        };
+                        futures_util::future::join(sending, receiving).await;
+                        (client, server)
+                    });
+                }
+                futures_util::future::join_all(downloads).await;
+            });
+            pair.assert_clean();
+        }
+    });
+}
+
 #[test]
 fn a_parked_engine_costs_nothing() {
     watched("idle", || {

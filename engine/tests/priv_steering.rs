@@ -64,7 +64,9 @@ impl Stage {
             ..TransportConfig::default()
         };
         let server = self.right.run(|| Engine::builder().config(config).server(server_tls).start());
-        let config = TransportConfig { shards: 3, ..pair::config() };
+        // Reachable over the pair, and over `lo`, where the NATs of other tests are.
+        let bind = SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0);
+        let config = TransportConfig { bind, shards: 3, ..pair::config() };
         let client = self.left.run(|| Engine::builder().config(config).client(client_tls).start());
         (server.expect("the server starts"), client.expect("the client starts"))
     }
@@ -358,4 +360,42 @@ fn forgeries_reach_nobody_over_sockets() {
 #[test]
 fn forgeries_reach_nobody_over_af_xdp() {
     forgeries_reach_nobody("forgeries_reach_nobody_over_af_xdp", DatapathChoice::AfXdp, 2);
+}
+
+/// Without a relay, and where the kernel refuses segmentation offload for want of checksums.
+#[test]
+fn the_server_opens_streams_on_connections_that_share_a_port() {
+    const DOWNLOAD_BYTES: usize = 2 << 20;
+    let stage = Stage::new("the_server_opens_streams_on_connections_that_share_a_port", 4);
+    for datapath in [DatapathChoice::Socket, DatapathChoice::IoUring] {
+        let (server, client) = stage.engines(datapath, 4);
+        block_on(async {
+            let mut downloads = Vec::new();
+            for _ in 0..12 {
+                let connecting = client.connect(server.local_addr(), NAME);
+                let incoming = server.accept().await.expect("a client knocks");
+                let (near, far) = futures_util::future::join(connecting, incoming.accept()).await;
+                let (near, far) = (near.expect("connected"), far.expect("accepted"));
+                downloads.push(async move {
+                    let sending = async {
+                        let mut send = far.open_uni().await.expect("a stream");
+                        send.write_all(&vec![7; DOWNLOAD_BYTES]).await.expect("written");
+                        send.finish().expect("finished");
+                    };
+                    let receiving = async {
+                        let mut recv = near.accept_uni().await.expect("a stream");
+                        let data = recv.read_to_end(DOWNLOAD_BYTES + 1).await.expect("received");
+                        assert_eq!(data.len(), DOWNLOAD_BYTES);
+                    };
+                    futures_util::future::join(sending, receiving).await;
+                    (near, far)
+                });
+            }
+            futures_util::future::join_all(downloads).await;
+        });
+        for engine in [&server, &client] {
+            let counters = counters(engine);
+            assert_eq!(counters.rx_drop_no_owner, 0, "{datapath:?} {counters:?}");
+        }
+    }
 }

@@ -8,6 +8,7 @@ use rustls_pki_types::{
 };
 
 use super::error::{CaError, CertsError};
+use super::keys::{KeyAlgorithm, PrivateKey};
 use super::names::{CLIENT_URI_PREFIX, IdentityNames};
 use super::rotation::RotatingIdentity;
 
@@ -74,12 +75,12 @@ pub trait CertificateAuthority: Send + Sync {
     }
 }
 
-/// A fresh ECDSA P-256 key and a request for `names` signed by it.
+/// A fresh key and a request for `names` signed by it.
 pub(super) fn key_and_request(
     names: &IdentityNames,
-) -> Result<(rcgen::KeyPair, CertificateSigningRequestDer<'static>), CertsError> {
-    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)
-        .map_err(|error| CertsError::crypto("P-256 key generation", error))?;
+    algorithm: KeyAlgorithm,
+) -> Result<(PrivateKey, CertificateSigningRequestDer<'static>), CertsError> {
+    let key = PrivateKey::generate(algorithm)?;
     let mut params = rcgen::CertificateParams::default();
     // The names are in the alternative names alone; a CA gives the subject it likes.
     params.distinguished_name = rcgen::DistinguishedName::new();

@@ -43,6 +43,8 @@ pub enum CertificateFault {
     NoCertificate,
     /// No key exchange group in common.
     NoCommonKeyExchange,
+    /// No signature scheme in common: the peer cannot verify the kind of key that is shown to it.
+    NoCommonSignature,
     /// No application protocol (ALPN) in common.
     NoCommonProtocol,
     /// An enrolment token was used a second time.
@@ -55,7 +57,7 @@ pub enum CertificateFault {
 
 impl CertificateFault {
     /// Every fault, in the order of the counters.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Expired,
         Self::NotYetValid,
         Self::WrongName,
@@ -72,6 +74,7 @@ impl CertificateFault {
         Self::DirectoryLocked,
         Self::NoCertificate,
         Self::NoCommonKeyExchange,
+        Self::NoCommonSignature,
         Self::NoCommonProtocol,
         Self::TokenSpent,
         Self::TokenInvalid,
@@ -98,6 +101,7 @@ impl CertificateFault {
             Self::DirectoryLocked => "directory_locked",
             Self::NoCertificate => "no_certificate",
             Self::NoCommonKeyExchange => "no_common_key_exchange",
+            Self::NoCommonSignature => "no_common_signature",
             Self::NoCommonProtocol => "no_common_protocol",
             Self::TokenSpent => "token_spent",
             Self::TokenInvalid => "token_invalid",
@@ -158,6 +162,10 @@ impl CertificateFault {
                 "no key exchange group in common: with post-quantum key exchange required, both \
                  sides must offer X25519MLKEM768"
             }
+            Self::NoCommonSignature => {
+                "no signature scheme in common: the peer cannot verify this certificate's kind of \
+                 key; ML-DSA certificates are for peers that know ML-DSA, ECDSA ones for all"
+            }
             Self::NoCommonProtocol => {
                 "no application protocol in common: configure the same ALPN on both sides"
             }
@@ -185,6 +193,10 @@ impl CertificateFault {
                 PeerIncompatible::NoKxGroupsInCommon
                 | PeerIncompatible::NamedGroupsExtensionRequired,
             ) => Self::NoCommonKeyExchange,
+            rustls::Error::PeerIncompatible(
+                PeerIncompatible::NoSignatureSchemesInCommon
+                | PeerIncompatible::NoCertificateRequestSignatureSchemesInCommon,
+            ) => Self::NoCommonSignature,
             _ => Self::Other,
         }
     }

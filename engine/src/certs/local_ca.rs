@@ -15,16 +15,18 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, SerialNumber,
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyUsagePurpose,
+    PublicKeyData, SerialNumber,
 };
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 
 use super::authority::{self, CertificateAuthority, CertificateRequest};
 use super::ca_state::CaState;
 use super::constraints::NamePolicy;
+use super::csr::check_request;
 use super::error::{CaError, CertsError};
 use super::fault::CertificateFault;
+use super::keys::{KeyAlgorithm, PrivateKey};
 use super::maintenance::Periodic;
 use super::names::{CertificateSummary, IdentityNames};
 use super::pem;
@@ -53,6 +55,9 @@ pub struct LocalCaConfig {
     pub intermediate_lifetime: Duration,
     /// Life of the root. Default 3650 days.
     pub root_lifetime: Duration,
+    /// Kind of the root's and the intermediate's keys, when the CA is made. Leaves have the kind that
+    /// their nodes ask for. Default [`KeyAlgorithm::EcdsaP256`].
+    pub key_algorithm: KeyAlgorithm,
     /// Time until the next revocation list is due. Default 7 days.
     pub crl_lifetime: Duration,
     /// DNS subtrees that leaves may name (`example.net` covers itself and all below). With these
@@ -69,6 +74,7 @@ impl Default for LocalCaConfig {
             backdate: Duration::from_secs(5 * 60),
             intermediate_lifetime: 365 * DAY,
             root_lifetime: 3650 * DAY,
+            key_algorithm: KeyAlgorithm::default(),
             crl_lifetime: 7 * DAY,
             permitted_dns: Vec::new(),
             permitted_ipv6: Vec::new(),
@@ -120,9 +126,9 @@ struct Inner {
 /// Both certificates with their keys.
 struct Material {
     root: CertificateDer<'static>,
-    root_key: KeyPair,
+    root_key: PrivateKey,
     intermediate: CertificateDer<'static>,
-    intermediate_key: KeyPair,
+    intermediate_key: PrivateKey,
 }
 
 impl std::fmt::Debug for LocalCa {
@@ -295,7 +301,7 @@ impl LocalCa {
         &self,
         material: &Material,
         names: &IdentityNames,
-        key: &impl rcgen::PublicKeyData,
+        key: &impl PublicKeyData,
         now: SystemTime,
     ) -> Result<CertificateDer<'static>, CertsError> {
         let mut params = profile(now, &self.config, self.config.leaf_lifetime)?;
@@ -322,14 +328,13 @@ impl CertificateAuthority for LocalCa {
     ) -> Result<Vec<CertificateDer<'static>>, CaError> {
         request.names.validate().map_err(CaError::invalid)?;
         self.policy.check(request.names)?;
-        let parsed = check_request(request)?;
+        let key = check_request(request)?;
         let now = self.clock.now();
         let mut inner = self.lock();
         self.refresh_intermediate(&mut inner, now)
             .map_err(|error| CaError::Storage(Box::new(error)))?;
-        let leaf = self
-            .sign_leaf(&inner.material, request.names, &parsed.public_key, now)
-            .map_err(CaError::internal)?;
+        let leaf =
+            self.sign_leaf(&inner.material, request.names, &key, now).map_err(CaError::internal)?;
         let summary = CertificateSummary::parse(&leaf).map_err(CaError::internal)?;
         let mut state = inner.state.clone();
         state.record(&summary, now)?;
@@ -370,36 +375,13 @@ impl Periodic for LocalCa {
     }
 }
 
-/// Proof of possession, an allowed key, and no wish beyond the entitlement.
-fn check_request(
-    request: &CertificateRequest<'_>,
-) -> Result<CertificateSigningRequestParams, CaError> {
-    let parsed =
-        CertificateSigningRequestParams::from_der(request.csr).map_err(CaError::invalid)?;
-    let algorithm = parsed.public_key.algorithm();
-    let allowed =
-        [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
-    if !allowed.contains(&algorithm) {
-        return Err(CaError::refused("only ECDSA P-256, P-384 and Ed25519 keys are certified"));
-    }
-    if matches!(parsed.params.is_ca, IsCa::Ca(_)) {
-        return Err(CaError::refused("the request asks for a CA certificate"));
-    }
-    let entitled = authority::alternative_names(request.names).map_err(CaError::invalid)?;
-    if let Some(name) = parsed.params.subject_alt_names.iter().find(|name| !entitled.contains(name))
-    {
-        return Err(CaError::refused(format!("the requester is not entitled to {name:?}")));
-    }
-    Ok(parsed)
-}
-
 impl Material {
     fn generate(
         config: &LocalCaConfig,
         policy: &NamePolicy,
         now: SystemTime,
     ) -> Result<Self, CertsError> {
-        let root_key = generate_key()?;
+        let root_key = PrivateKey::generate(config.key_algorithm)?;
         let mut params = profile(now, config, config.root_lifetime)?;
         params.distinguished_name = ca_subject("stoq root CA", &random_tag()?);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
@@ -410,13 +392,13 @@ impl Material {
             .map_err(|error| CertsError::crypto("root signing", error))?
             .der()
             .clone();
-        let intermediate_key = generate_key()?;
+        let intermediate_key = PrivateKey::generate(config.key_algorithm)?;
         let intermediate =
             sign_intermediate(config, policy, now, &root, &root_key, &intermediate_key)?;
         Ok(Self { root, root_key, intermediate, intermediate_key })
     }
 
-    fn intermediate_issuer(&self) -> Result<Issuer<'static, &KeyPair>, CertsError> {
+    fn intermediate_issuer(&self) -> Result<Issuer<'static, &PrivateKey>, CertsError> {
         Issuer::from_ca_cert_der(&self.intermediate, &self.intermediate_key)
             .map_err(|error| CertsError::crypto("reading the intermediate", error))
     }
@@ -428,9 +410,9 @@ impl Material {
     fn to_pem_with(&self, intermediate: &CertificateDer<'_>) -> String {
         [
             pem::encode("CERTIFICATE", &self.root),
-            pem::encode("PRIVATE KEY", self.root_key.serialized_der()),
+            pem::encode("PRIVATE KEY", self.root_key.pkcs8()),
             pem::encode("CERTIFICATE", intermediate),
-            pem::encode("PRIVATE KEY", self.intermediate_key.serialized_der()),
+            pem::encode("PRIVATE KEY", self.intermediate_key.pkcs8()),
         ]
         .concat()
     }
@@ -438,7 +420,7 @@ impl Material {
     fn parse(bytes: &[u8]) -> Result<Self, CertsError> {
         let mut certificates = pem::certificates(bytes, CA_FILE)?.into_iter();
         let mut keys = pem::private_keys(bytes, CA_FILE)?.into_iter();
-        let mut next = || -> Result<(CertificateDer<'static>, KeyPair), CertsError> {
+        let mut next = || -> Result<(CertificateDer<'static>, PrivateKey), CertsError> {
             let (Some(certificate), Some(key)) = (certificates.next(), keys.next()) else {
                 return Err(CertsError::Parse {
                     fault: CertificateFault::Malformed,
@@ -446,8 +428,7 @@ impl Material {
                     reason: "must hold two certificates, each followed by its key".to_owned(),
                 });
             };
-            let key = KeyPair::try_from(&key)
-                .map_err(|error| CertsError::crypto("reading a CA key", error))?;
+            let key = PrivateKey::parse(&key)?;
             check_pair(&certificate, &key)?;
             Ok((certificate, key))
         };
@@ -457,10 +438,10 @@ impl Material {
     }
 }
 
-fn check_pair(certificate: &CertificateDer<'_>, key: &KeyPair) -> Result<(), CertsError> {
+fn check_pair(certificate: &CertificateDer<'_>, key: &PrivateKey) -> Result<(), CertsError> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate)
         .map_err(|error| CertsError::crypto("reading a CA certificate", error))?;
-    if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
+    if parsed.public_key().subject_public_key.data.as_ref() != key.der_bytes() {
         return Err(CertsError::certificate(
             CertificateFault::WrongKey,
             format!("{CA_FILE}: a key does not belong to the certificate before it"),
@@ -474,8 +455,8 @@ fn sign_intermediate(
     policy: &NamePolicy,
     now: SystemTime,
     root: &CertificateDer<'_>,
-    root_key: &KeyPair,
-    key: &KeyPair,
+    root_key: &PrivateKey,
+    key: &PrivateKey,
 ) -> Result<CertificateDer<'static>, CertsError> {
     let root_end = CertificateSummary::parse(root)?.not_after;
     let mut params = profile(now, config, config.intermediate_lifetime)?;
@@ -517,11 +498,6 @@ fn positive(bytes: &[u8]) -> Vec<u8> {
     let zeros = bytes.iter().take_while(|byte| **byte == 0).count().min(bytes.len() - 1);
     bytes.drain(..zeros);
     bytes
-}
-
-fn generate_key() -> Result<KeyPair, CertsError> {
-    KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)
-        .map_err(|error| CertsError::crypto("P-256 key generation", error))
 }
 
 fn fill_random(bytes: &mut [u8]) -> Result<(), CertsError> {

@@ -11,7 +11,7 @@ fn clock() -> Arc<SimWallClock> {
 }
 
 fn issue(ca: &LocalCa, names: &IdentityNames) -> Result<Vec<CertificateDer<'static>>, CaError> {
-    let (_key, csr) = authority::key_and_request(names).unwrap();
+    let (_key, csr) = authority::key_and_request(names, KeyAlgorithm::default()).unwrap();
     ca.issue(&CertificateRequest { csr: &csr, names })
 }
 
@@ -35,7 +35,7 @@ fn leaves_have_the_profile() {
 fn requests_are_checked() {
     let ca = LocalCa::in_memory(LocalCaConfig::default(), clock()).unwrap();
     let other = IdentityNames::new().with_dns("other.example.net").unwrap();
-    let (_key, csr) = authority::key_and_request(&other).unwrap();
+    let (_key, csr) = authority::key_and_request(&other, KeyAlgorithm::default()).unwrap();
     let error = ca.issue(&CertificateRequest { csr: &csr, names: &names() }).unwrap_err();
     assert!(matches!(error, CaError::Refused { .. }), "{error}");
     let mut broken = csr.to_vec();
@@ -55,7 +55,7 @@ fn requests_are_checked() {
 #[test]
 fn a_request_for_a_ca_is_refused() {
     let ca = LocalCa::in_memory(LocalCaConfig::default(), clock()).unwrap();
-    let key = generate_key().unwrap();
+    let key = PrivateKey::generate(KeyAlgorithm::default()).unwrap();
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let csr = params.serialize_request(&key).unwrap();

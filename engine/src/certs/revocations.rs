@@ -299,6 +299,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::super::authority::{CertificateAuthority, CertificateRequest, key_and_request};
+    use super::super::keys::KeyAlgorithm;
     use super::super::local_ca::LocalCaConfig;
     use super::super::test_dir::TestDir;
     use super::super::wall_clock::SystemWallClock;
@@ -312,7 +313,7 @@ mod tests {
         let ca = LocalCa::open(&dir.path().join("ca"), LocalCaConfig::default()).unwrap();
         let ca = Arc::new(ca);
         for name in ["a.example", "a.example", "b.example"] {
-            let csr = key_and_request(&names(name)).unwrap().1;
+            let csr = key_and_request(&names(name), KeyAlgorithm::default()).unwrap().1;
             ca.issue(&CertificateRequest { csr: &csr, names: &names(name) }).unwrap();
         }
         let path = dir.path().join("revocations");

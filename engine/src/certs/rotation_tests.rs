@@ -239,13 +239,13 @@ fn a_bad_answer_is_never_served() {
     let clock = clock();
     let (ca, _disk) = flaky(&clock);
     let issue = |names: &IdentityNames| {
-        let (_key, csr) = key_and_request(names).unwrap();
+        let (_key, csr) = key_and_request(names, KeyAlgorithm::default()).unwrap();
         ca.issue(&CertificateRequest { csr: &csr, names }).unwrap()
     };
     let good = issue(&names());
     let other = issue(&IdentityNames::new().with_dns("other.example.net").unwrap());
     let stranger = LocalCa::in_memory(LocalCaConfig::default(), clock.clone()).unwrap();
-    let (_key, csr) = key_and_request(&names()).unwrap();
+    let (_key, csr) = key_and_request(&names(), KeyAlgorithm::default()).unwrap();
     let untrusted = stranger.issue(&CertificateRequest { csr: &csr, names: &names() }).unwrap();
     let cases = [
         (Vec::new(), CertificateFault::Malformed),
@@ -305,14 +305,14 @@ fn files_are_taken_over_when_both_fit() {
     let dir = TestDir::new();
     let (chain_path, key_path) = (dir.path().join("chain.pem"), dir.path().join("node.key"));
     let write = |which: u8| {
-        let (key, csr) = key_and_request(&names()).unwrap();
+        let (key, csr) = key_and_request(&names(), KeyAlgorithm::default()).unwrap();
         let chain = ca.issue(&CertificateRequest { csr: &csr, names: &names() }).unwrap();
         let text: String = chain.iter().map(|der| pem::encode("CERTIFICATE", der)).collect();
         if which & 1 != 0 {
             replace_file(&chain_path, text.as_bytes(), Access::Everyone).unwrap();
         }
         if which & 2 != 0 {
-            let text = pem::encode("PRIVATE KEY", key.serialized_der());
+            let text = pem::encode("PRIVATE KEY", key.pkcs8());
             replace_file(&key_path, text.as_bytes(), Access::Owner).unwrap();
         }
         CertificateSummary::parse(&chain[0]).unwrap().serial

@@ -211,8 +211,13 @@ impl ObservedSession {
         }
         let fault = CertificateFault::of_peer_alert(u64::from(error.code))
             .unwrap_or(CertificateFault::Other);
-        // handshake_failure (40) has many causes; rustls's text tells the key exchange apart.
+        // handshake_failure (40) has many causes; rustls's text tells them apart.
         let fault = match fault {
+            CertificateFault::NoCommonKeyExchange
+                if error.reason.contains("NoSignatureSchemes") =>
+            {
+                CertificateFault::NoCommonSignature
+            }
             CertificateFault::NoCommonKeyExchange if !error.reason.contains("NoKxGroups") => {
                 CertificateFault::Other
             }
@@ -221,6 +226,8 @@ impl ObservedSession {
         self.context.faults.record(fault);
         if fault == CertificateFault::NoCommonKeyExchange {
             error.reason = format!("{} (offered here: {})", fault.advice(), self.context.groups);
+        } else if fault == CertificateFault::NoCommonSignature {
+            error.reason = format!("{}: {}", fault.label(), fault.advice());
         } else if fault != CertificateFault::Other {
             error.reason = format!("{}; {}", error.reason, fault.advice());
         }

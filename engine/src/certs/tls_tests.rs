@@ -11,6 +11,7 @@ use rustls_pki_types::PrivatePkcs8KeyDer;
 use super::*;
 use crate::certs::authority::{CertificateAuthority, CertificateRequest, key_and_request};
 use crate::certs::fault::CertificateFault;
+use crate::certs::keys::KeyAlgorithm;
 use crate::certs::local_ca::{LocalCa, LocalCaConfig};
 use crate::certs::pem;
 use crate::certs::provider::verification_provider;
@@ -197,6 +198,11 @@ fn forged_certificates_are_refused() {
     let client_only = showing(server(&clock), vec![leaf], &key);
     assert_client_refuses(&client(), &client_only, NAME, CertificateFault::WrongPurpose);
 
+    // Another CA of the same name, which somebody made anew.
+    let (leaf, key) = Forge::new(None).leaf(|_| {});
+    let namesake = showing(server(&clock), vec![leaf], &key);
+    assert_client_refuses(&client(), &namesake, NAME, CertificateFault::UnknownRoot);
+
     let garbage = showing(server(&clock), vec![vec![0x30, 3, 2, 1, 0].into()], &key);
     assert_client_refuses(&client(), &garbage, NAME, CertificateFault::Malformed);
 }
@@ -353,6 +359,79 @@ fn clients_are_authenticated() {
     assert!(failed.error().reason.starts_with("revoked"), "resumed in spite of it: {failed:?}");
 }
 
+/// Root, intermediate and leaf of ML-DSA-65, at both ends; a client that does not know it is told.
+#[test]
+fn ml_dsa_certificates_are_an_option() {
+    let clock = clock();
+    let config = LocalCaConfig { key_algorithm: KeyAlgorithm::MlDsa65, ..LocalCaConfig::default() };
+    let dir = TestDir::new();
+    let ca = LocalCa::open_at(dir.path(), config.clone(), clock.clone()).unwrap();
+    let root = ca.root();
+    drop(ca);
+    // The keys survive their file, and renew the intermediate from it.
+    clock.advance(300 * 24 * HOUR);
+    let ca = Arc::new(LocalCa::open_at(dir.path(), config, clock.clone()).unwrap());
+    assert_eq!(ca.root(), root);
+    let identity = |algorithm, names| {
+        RotatingIdentity::with_authority(ca.clone(), names)
+            .key_algorithm(algorithm)
+            .roots([root.clone()])
+            .store(dir.path().join(format!("{algorithm:?}.pem")))
+            .clock(clock.clone())
+            .start()
+            .unwrap()
+    };
+    let client_names = IdentityNames::new().with_client_id("probe-7").unwrap();
+    let trust = TrustStore::builder().roots([root.clone()]).build().unwrap();
+    for (ours, theirs) in [
+        (KeyAlgorithm::MlDsa65, KeyAlgorithm::MlDsa65),
+        (KeyAlgorithm::MlDsa65, KeyAlgorithm::EcdsaP256),
+        (KeyAlgorithm::EcdsaP256, KeyAlgorithm::MlDsa65),
+    ] {
+        let server_identity = identity(ours, names());
+        let server = ServerTls::builder()
+            .identity(server_identity.clone())
+            .client_auth(ClientAuth::Required(trust.clone()))
+            .alpn(["stoq-test"])
+            .clock(clock.clone())
+            .build()
+            .unwrap();
+        std::fs::remove_file(dir.path().join(format!("{ours:?}.pem"))).unwrap();
+        let client = client_builder(&clock)
+            .roots([root.clone()])
+            .identity(identity(theirs, client_names.clone()))
+            .build()
+            .unwrap();
+        std::fs::remove_file(dir.path().join(format!("{theirs:?}.pem"))).unwrap();
+        let done = handshake(&client, &server, NAME).unwrap();
+        let chain = PeerIdentity::of_session(&*done.client).unwrap().unwrap().chain;
+        let leaf_size_bytes = chain[0].len();
+        assert_eq!(leaf_size_bytes > 5000, ours == KeyAlgorithm::MlDsa65, "{leaf_size_bytes}");
+        let peer = PeerIdentity::of_session(&*done.server).unwrap().unwrap();
+        assert_eq!(peer.certificate.names.client_id(), Some("probe-7"));
+        // Renewed with the same kind of key, by the thread that polls.
+        clock.set(server_identity.status().next_renewal.unwrap());
+        server_identity.poll(clock.now());
+        assert_eq!(server_identity.status().renewals, 1, "{:?}", server_identity.status());
+        let renewed = server_identity.certified_key().unwrap().cert[0].len();
+        assert_eq!(renewed > 5000, ours == KeyAlgorithm::MlDsa65);
+        std::fs::remove_file(dir.path().join(format!("{ours:?}.pem"))).unwrap();
+    }
+    let server = server_builder(&clock).identity(
+        RotatingIdentity::self_signed(names())
+            .key_algorithm(KeyAlgorithm::MlDsa65)
+            .clock(clock.clone())
+            .start()
+            .unwrap(),
+    );
+    let server = server.build().unwrap();
+    handshake(&client_of(&clock, &server).build().unwrap(), &server, NAME).unwrap();
+    let old = classical(client_of(&clock, &server).build().unwrap());
+    let failed = handshake(&old, &server, NAME).err().unwrap();
+    assert!(failed.error().reason.starts_with("no_common_signature"), "{failed:?}");
+    assert_eq!(server.faults().count(CertificateFault::NoCommonSignature), 1);
+}
+
 /// Whoever verifies by a wrong date says so, and the other end is told: both ends, both directions.
 #[test]
 fn a_wrong_clock_is_named_at_both_ends() {
@@ -400,17 +479,21 @@ fn a_wrong_clock_is_named_at_both_ends() {
     }
 }
 
-/// A client that knows only X25519, as software from before ML-KEM.
+/// A client that knows only X25519 and ECDSA, as software from before ML-KEM and ML-DSA.
 fn classical(mut client: ClientTls) -> ClientTls {
     let mut provider = default_provider();
     provider.kx_groups = vec![kx_group::X25519];
+    let mut algorithms = verification_provider().signature_verification_algorithms;
+    let (ecdsa, ..) = algorithms.mapping.split_at(3);
+    assert!(ecdsa.iter().all(|(scheme, _)| format!("{scheme:?}").starts_with("ECDSA")));
+    algorithms.mapping = ecdsa;
     let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(provider))
         .with_protocol_versions(&[&version::TLS13])
         .unwrap()
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(DangerousAnyServerVerifier {
             faults: client.faults.clone(),
-            algorithms: verification_provider().signature_verification_algorithms,
+            algorithms,
         }))
         .with_no_client_auth();
     config.alpn_protocols = client.config.alpn_protocols.clone();
@@ -651,7 +734,7 @@ fn misconfigurations_are_named() {
 #[test]
 fn a_node_may_name_only_itself() {
     let site = Site::new();
-    let (_key, csr) = key_and_request(&names()).unwrap();
+    let (_key, csr) = key_and_request(&names(), KeyAlgorithm::default()).unwrap();
     let other = IdentityNames::new().with_client_id("x").unwrap();
     assert!(site.ca.issue(&CertificateRequest { csr: &csr, names: &other }).is_err());
 }

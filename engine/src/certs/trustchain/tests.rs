@@ -6,6 +6,7 @@ use rustls_pki_types::CertificateDer;
 
 use super::*;
 use crate::certs::authority::key_and_request;
+use crate::certs::keys::KeyAlgorithm;
 use crate::certs::local_ca::{LocalCa, LocalCaConfig};
 use crate::certs::maintenance::Periodic;
 use crate::certs::names::CertificateSummary;
@@ -59,7 +60,7 @@ fn names() -> IdentityNames {
 }
 
 fn csr() -> Vec<u8> {
-    key_and_request(&names()).unwrap().1.to_vec()
+    key_and_request(&names(), KeyAlgorithm::default()).unwrap().1.to_vec()
 }
 
 fn peer(answer: &Message) -> PeerIdentity {
@@ -104,7 +105,7 @@ fn a_token_buys_no_other_name_and_survives_only_an_absent_ca() {
     assert_eq!(code(&answer), RefusalCode::Unavailable);
     service.ca.away.store(false, Ordering::SeqCst);
     let greedy = names().with_dns("bank.example").unwrap();
-    let greedy = key_and_request(&greedy).unwrap().1.to_vec();
+    let greedy = key_and_request(&greedy, KeyAlgorithm::default()).unwrap().1.to_vec();
     let answer = service.server.handle_request(&enrol(greedy), None);
     assert_eq!(code(&answer), RefusalCode::Refused);
     // A refusal spends it.
@@ -196,7 +197,7 @@ fn a_restarted_node_with_a_spent_token_renews() {
     let wire = Wire { server: service.server.clone(), peer: Mutex::new(Some(current)) };
     let authority = TrustchainAuthority::new(Box::new(wire), Some(&token)).unwrap();
     let names = names();
-    let (_key, csr) = key_and_request(&names).unwrap();
+    let (_key, csr) = key_and_request(&names, KeyAlgorithm::default()).unwrap();
     let request = CertificateRequest { csr: &csr, names: &names };
     let error = authority.issue(&request).unwrap_err();
     assert!(matches!(error, CaError::TokenSpent), "{error}");
@@ -239,7 +240,7 @@ fn machines_with_the_same_names_share_a_secret() {
         let names = IdentityNames::new().with_dns(name).unwrap();
         let token = server.create_token(names.clone(), HOUR).unwrap();
         let token = crate::certs::names::unhex(&token).unwrap();
-        let csr = key_and_request(&names).unwrap().1.to_vec();
+        let csr = key_and_request(&names, KeyAlgorithm::default()).unwrap().1.to_vec();
         peer(&server.handle_request(&Message::Enrol { token, csr }, None))
     };
     let secret = |peer: &PeerIdentity| server.handle_request(&Message::Keys, Some(peer));
