@@ -223,6 +223,7 @@ mod tests {
             interrupt_cpus: vec![2, 3],
             napi_threaded: Some(true),
             numa_node: Some(1),
+            replies_unforeseen: None,
         };
         let facts = super::super::facts(&interface, None, &report.kernel, &report.io_uring);
         let choice = choose(DatapathChoice::Auto, &facts);
