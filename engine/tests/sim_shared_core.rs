@@ -54,8 +54,7 @@ impl SimNode for SharedCore<'_> {
 
 /// Bytes that arrive within `time`, with both ends on shared cores.
 fn upload_on_shared_cores(cc: CongestionControl, seed: u64, time: Duration) -> u64 {
-    let config =
-        || TransportConfig { congestion_control: cc.clone(), ..TransportConfig::default() };
+    let config = || TransportConfig { congestion_control: cc, ..TransportConfig::default() };
     let link = LinkConfig {
         rate_bps: 10_000_000_000,
         delay_us: 20,
