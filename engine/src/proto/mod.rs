@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use quinn_proto::{
     ClientConfig, Connection, ConnectionHandle, DatagramEvent, EcnCodepoint, Endpoint,
-    EndpointConfig, Event, ServerConfig, Side, Transmit, ValidationTokenConfig,
+    EndpointConfig, EndpointEvent, Event, ServerConfig, Side, Transmit, ValidationTokenConfig,
 };
 
 use crate::app::{ConnId, Incoming};
@@ -366,7 +366,17 @@ impl Protocol {
         });
         let accepted = self.endpoint.accept(incoming, now, &mut self.response_buffer, server);
         match accepted {
-            Ok((handle, connection)) => {
+            Ok((handle, mut connection)) => {
+                if connection.is_closed() {
+                    // The client gave up before its first packet left, which says only that. Such a
+                    // connection has no closing timer, and would stay until it idles out.
+                    self.endpoint.handle_event(handle, EndpointEvent::drained());
+                    self.counters.incoming_failed += 1;
+                    return Err(match connection.poll() {
+                        Some(Event::ConnectionLost { reason }) => reason.into(),
+                        _ => ConnectionError::TimedOut,
+                    });
+                }
                 self.counters.accepted += 1;
                 Ok(self.insert(now, handle, connection, owner))
             }
