@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Bulk download over 16 connections with one core a side and with two, in turns, over a veth pair
-# with two queues: what a second shard on each side is worth, for each datapath.
+# with two queues: what a second shard on each side is worth, for each datapath. And the control:
+# twice one core a side, as two pairs of processes that share nothing (a veth pair and half of the
+# connections each), at the same time on the same four cores. Its sum is what the machine gives to
+# four busy cores; what two shards lack of it is the engine's fault, the rest is not.
 #
 #   cargo build --release -p stoq-bench
 #   scripts/measure-cores.sh [ROUNDS [SECONDS]]
 #
 # Needs root and 4 cores; deletes its namespaces at the end. Environment: BIN (directory of the
-# binary), DATAPATHS, CONNECTIONS, UDP_PAYLOAD. Prints every reading, then for each datapath the median
-# rates and the ratio of each round's two readings: its median, smallest and largest. Readings of one
-# round follow each other at once, so that other load on the machine meets both alike.
+# binary), DATAPATHS, CONNECTIONS, UDP_PAYLOAD. Prints every reading with the share of the four cores'
+# time that the hypervisor took (steal), then for each datapath the median rates and the ratios of
+# each round's readings to that of one core a side: median, smallest and largest. Readings of one round
+# follow each other at once, so that other load on the machine meets all alike.
 set -euo pipefail
 
 rounds=${1:-5}
@@ -19,80 +23,143 @@ payload=${UDP_PAYLOAD:-1452}
 read -ra datapaths <<<"${DATAPATHS:-socket io_uring af_xdp}"
 near=stoq-cores-near-$$
 far=stoq-cores-far-$$
-readings=$(mktemp)
-log=$(mktemp)
-server=
+work=$(mktemp -d)
+readings=$work/readings
+servers=()
 
 end() {
-    [ -z "$server" ] || kill "$server" 2>/dev/null || true
+    ((${#servers[@]} == 0)) || kill "${servers[@]}" 2>/dev/null || true
     ip netns del "$near" 2>/dev/null || true
     ip netns del "$far" 2>/dev/null || true
-    rm -f "$readings" "$log"
+    rm -rf "$work"
 }
 trap end EXIT
 
 ip netns add "$near"
 ip netns add "$far"
-ip -n "$near" link add veth0 numrxqueues 2 numtxqueues 2 type veth \
-    peer name veth0 netns "$far" numrxqueues 2 numtxqueues 2
-ip -n "$near" addr add fd00:57::1/64 dev veth0 nodad
-ip -n "$far" addr add fd00:57::2/64 dev veth0 nodad
-for netns in "$near" "$far"; do
-    ip -n "$netns" link set lo up
-    ip -n "$netns" link set veth0 up
+for pair in 0 1; do
+    ip -n "$near" link add "veth$pair" numrxqueues 2 numtxqueues 2 type veth \
+        peer name "veth$pair" netns "$far" numrxqueues 2 numtxqueues 2
+    ip -n "$near" addr add "fd00:57:$pair::1/64" dev "veth$pair" nodad
+    ip -n "$far" addr add "fd00:57:$pair::2/64" dev "veth$pair" nodad
+    for netns in "$near" "$far"; do
+        ip -n "$netns" link set lo up
+        ip -n "$netns" link set "veth$pair" up
+    done
 done
 sleep 0.5
 
-# measure DATAPATH SHARDS ROUND
-measure() {
-    local datapath=$1 shards=$2 round=$3 server_cores=2 client_cores=0 line bps handed
-    [ "$shards" = 1 ] || { server_cores=2,3 client_cores=0,1; }
-    ip netns exec "$near" "$bin/stoq" serve --listen '[fd00:57::1]:4455' --datapath "$datapath" \
-        --iface veth0 --queues "$shards" --cores "$server_cores" --udp-payload "$payload" 2>"$log" &
-    server=$!
+# serve DATAPATH SHARDS CORES PAIR: starts a server and waits until it listens
+serve() {
+    local log=$work/server$4
+    ip netns exec "$near" "$bin/stoq" serve --listen "[fd00:57:$4::1]:4455" --datapath "$1" \
+        --iface "veth$4" --queues "$2" --cores "$3" --udp-payload "$payload" --json \
+        >"$work/stats$4" 2>"$log" &
+    servers+=($!)
     for _ in $(seq 200); do
-        ! grep -q 'listening on' "$log" || break
+        ! grep -q 'listening' "$log" "$work/stats$4" || return 0
         sleep 0.1
     done
-    grep -q 'listening on' "$log" || { cat "$log" >&2; exit 1; }
-    line=$(ip netns exec "$far" "$bin/stoq" perf download --connect '[fd00:57::1]:4455' \
-        --connections "$connections" --seconds "$seconds" --danger-insecure --datapath "$datapath" \
-        --iface veth0 --queues "$shards" --cores "$client_cores" --udp-payload "$payload" \
-        --json 2>"$log" | tail -n 1) || { cat "$log" >&2; exit 1; }
-    kill "$server"
-    wait "$server" 2>/dev/null || true
-    server=
-    bps=$(sed -E 's/.*"goodput_bps":([0-9]+).*/\1/' <<<"$line")
-    handed=$(sed -E 's/.*"rx_handed_over":([0-9]+).*/\1/' <<<"$line")
-    [[ $handed =~ ^[0-9]+$ ]] || handed=unknown
-    awk -v d="$datapath" -v n="$shards" -v r="$round" -v b="$bps" -v h="$handed" 'BEGIN {
-        printf "round %d  %-8s  %d+%d cores  %6.2f Gbit/s  handed over at the client %s\n", r, d, n, n, b / 1e9, h }'
-    echo "$datapath $shards $bps" >>"$readings"
+    cat "$log" >&2
+    exit 1
+}
+
+# download DATAPATH SHARDS CORES PAIR CONNECTIONS: its result in $work/client$4
+download() {
+    ip netns exec "$far" "$bin/stoq" perf download --connect "[fd00:57:$4::1]:4455" \
+        --connections "$5" --seconds "$seconds" --danger-insecure --datapath "$1" \
+        --iface "veth$4" --queues "$2" --cores "$3" --udp-payload "$payload" \
+        --json 2>"$work/log$4" >"$work/client$4" || { cat "$work/log$4" >&2; return 1; }
+}
+
+# stop: ends the servers, which tell their counters first
+stop() {
+    kill -USR1 "${servers[@]}"
+    sleep 0.3
+    kill "${servers[@]}"
+    wait "${servers[@]}" 2>/dev/null || true
+    servers=()
+}
+
+# field NAME FILES...: the sum of a JSON number over the last line of each file, "unknown" without
+field() {
+    local name=$1 file
+    shift
+    for file in "$@"; do
+        tail -n 1 "$file" | grep -oE "\"$name\":[0-9]+" | head -n 1 | cut -d: -f2 || echo unknown
+    done | awk '/unknown/ { bad = 1 } { sum += $1 } END { print bad ? "unknown" : sum }'
+}
+
+# ticks: jiffies of all cores together, and those that were stolen
+ticks() {
+    awk '/^cpu / { for (i = 2; i <= 9; i++) all += $i; print all, $9 }' /proc/stat
+}
+
+# measure DATAPATH SETUP ROUND; SETUP is 1, 2 (shards a side) or control
+measure() {
+    local datapath=$1 setup=$2 round=$3 clients=("$work/client0") stats=("$work/stats0") before after
+    case $setup in
+        1) serve "$datapath" 1 2 0 ;;
+        2) serve "$datapath" 2 2,3 0 ;;
+        control)
+            serve "$datapath" 1 2 0
+            serve "$datapath" 1 3 1
+            clients+=("$work/client1") stats+=("$work/stats1")
+            ;;
+    esac
+    before=$(ticks)
+    case $setup in
+        1) download "$datapath" 1 0 0 "$connections" ;;
+        2) download "$datapath" 2 0,1 0 "$connections" ;;
+        control)
+            download "$datapath" 1 1 1 $((connections / 2)) &
+            local other=$!
+            download "$datapath" 1 0 0 $((connections / 2))
+            wait "$other"
+            ;;
+    esac
+    after=$(ticks)
+    stop
+    local bps
+    bps=$(field goodput_bps "${clients[@]}")
+    [ "$bps" != unknown ] || { cat "$work"/client* >&2; exit 1; }
+    awk -v d="$datapath" -v n="$setup" -v r="$round" -v b="$bps" -v t="$before $after" \
+        -v c="$(field rx_handed_over "${clients[@]}")" -v s="$(field rx_handed_over "${stats[@]}")" 'BEGIN {
+        split(t, v, " ")
+        name = n == "control" ? "2 x 1+1" : n "+" n " cores"
+        printf "round %d  %-8s  %-9s  %6.2f Gbit/s  handed over at client %s, server %s  steal %.0f %%\n",
+            r, d, name, b / 1e9, c, s, 100 * (v[4] - v[2]) / (v[3] - v[1]) }'
+    echo "$datapath $setup $bps" >>"$readings"
 }
 
 for round in $(seq "$rounds"); do
     for datapath in "${datapaths[@]}"; do
         # Which one comes first changes, so that neither always has the warmer machine.
-        if ((round % 2)); then order=(1 2); else order=(2 1); fi
-        for shards in "${order[@]}"; do
-            measure "$datapath" "$shards" "$round"
+        if ((round % 2)); then order=(1 2 control); else order=(control 2 1); fi
+        for setup in "${order[@]}"; do
+            measure "$datapath" "$setup" "$round"
         done
     done
 done
 
 for datapath in "${datapaths[@]}"; do
-    paste <(grep "^$datapath 1 " "$readings" | cut -d' ' -f3) \
-        <(grep "^$datapath 2 " "$readings" | cut -d' ' -f3) |
+    paste -d' ' <(grep "^$datapath 1 " "$readings" | cut -d' ' -f3) \
+        <(grep "^$datapath 2 " "$readings" | cut -d' ' -f3) \
+        <(grep "^$datapath control " "$readings" | cut -d' ' -f3) |
         awk -v d="$datapath" '
-            function median(v, n,    i, j, t) {
+            function sort(v, n,    i, j, t) {
                 for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++)
                     if (v[j] < v[i]) { t = v[i]; v[i] = v[j]; v[j] = t }
-                return v[int((n + 1) / 2)]
             }
-            { one[NR] = $1; two[NR] = $2; ratio[NR] = $2 / $1 }
+            function median(v, n) { sort(v, n); return v[int((n + 1) / 2)] }
+            { one[NR] = $1; two[NR] = $2; both[NR] = $3
+              ratio[NR] = $2 / $1; ceiling[NR] = $3 / $1; reached[NR] = $2 / $3 }
             END {
-                r = median(ratio, NR)
-                printf "median  %-8s  1+1 %.2f  2+2 %.2f Gbit/s  ratio %.2f (%.2f to %.2f)\n", d,
-                    median(one, NR) / 1e9, median(two, NR) / 1e9, r, ratio[1], ratio[NR]
+                r = median(ratio, NR); c = median(ceiling, NR); e = median(reached, NR)
+                printf "median  %-8s  1+1 %.2f  2+2 %.2f  2 x 1+1 %.2f Gbit/s\n", d,
+                    median(one, NR) / 1e9, median(two, NR) / 1e9, median(both, NR) / 1e9
+                printf "  2+2 / 1+1          %.2f (%.2f to %.2f)\n", r, ratio[1], ratio[NR]
+                printf "  2 x 1+1 / 1+1      %.2f (%.2f to %.2f): the ceiling\n", c, ceiling[1], ceiling[NR]
+                printf "  2+2 / 2 x 1+1      %.2f (%.2f to %.2f)\n", e, reached[1], reached[NR]
             }'
 done

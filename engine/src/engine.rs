@@ -23,7 +23,7 @@ use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::datapath::af_xdp::AfXdp;
 use crate::datapath::failover::AfXdpReopen;
-use crate::datapath::open::{self, Opened};
+use crate::datapath::open::{self, Opened, Use};
 use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
@@ -217,7 +217,9 @@ impl Builder {
         let opened = {
             // Packet memory and rings are made here; what a pinned shard allocates lies on its node.
             let _near_the_card = placement.node.map(prefer_node);
-            open::open_steered(&config, Some(cids.table().steer_table()))?
+            let table = cids.table();
+            let client_only = identity.server.is_none();
+            open::open_for(&config, &Use { table: Some(table.steer_table()), client_only })?
         };
         let mailboxes: Arc<[Mailbox]> = (0..config.shards)
             .map(|_| Mailbox::new(config.mailbox_capacity))

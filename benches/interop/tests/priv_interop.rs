@@ -226,6 +226,81 @@ fn our_client_fetches_from_them(label: &str, mtu: u32) {
 }
 
 #[test]
+fn their_clients_accept_a_node_of_our_ca_before_and_after_a_renewal() {
+    a_node_of_our_ca("ie", &[], &STACKS);
+}
+
+/// Of a CA that may name little. quiche's BoringSSL knows no name constraints on addresses and refuses
+/// every leaf that carries one.
+#[test]
+fn s2n_accepts_a_constrained_chain_before_and_after_a_renewal() {
+    a_node_of_our_ca(
+        "if",
+        &["--permit-dns", "localhost", "--permit-ipv6", "fd53:1::/64"],
+        &["s2n"],
+    );
+}
+
+/// A node whose certificate comes from a CA elsewhere: root, intermediate, and a leaf that is renewed
+/// meanwhile.
+fn a_node_of_our_ca(label: &str, constraints: &[&str], stacks: &[&str]) {
+    let lab = Lab::new(label, 1500);
+    let (dir, root, token, store) =
+        (lab.path("ca"), lab.path("root.pem"), lab.path("token"), lab.path("node.pem"));
+    let output = |arguments: &[&str]| {
+        let output = lab.stoq(arguments).output().expect("runs");
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        output.stdout
+    };
+    let ca = "[fd53:1::1]:4434";
+    let serve = ["ca", "serve", "--dir", &dir, "--listen", ca, "--lifetime-s", "60", "--json"];
+    let _ca = Server::start(lab.stoq(&[&serve[..], constraints].concat()));
+    std::fs::write(&root, output(&["ca", "root", "--dir", &dir])).expect("written");
+    let names = "localhost,fd53:1::1";
+    let made = output(&["ca", "token", "--dir", &dir, "--names", names]);
+    std::fs::write(&token, made).expect("written");
+    let (www, listen) = (lab.path("www"), format!("[fd53:1::1]:{PORT}"));
+    let _server = Server::start(lab.stoq(&[
+        "serve",
+        "--listen",
+        &listen,
+        "--www",
+        &www,
+        "--datapath",
+        "socket",
+        "--ca-connect",
+        ca,
+        "--ca-root",
+        &root,
+        "--ca-token-file",
+        &token,
+        "--ca-store",
+        &store,
+        "--json",
+    ]));
+    let fetch = |when: &str| {
+        for &stack in stacks {
+            let out = lab.fresh_out();
+            let mut arguments =
+                vec![stack, "get", "--connect", &listen, "--ca", &root, "--out", &out];
+            arguments.extend(["/empty", "/one", "/mega", "/large"]);
+            finish(lab.peer(&arguments))
+                .unwrap_or_else(|error| panic!("{stack}, {when} the renewal: {error}"));
+            lab.check_files(&out);
+        }
+    };
+    fetch("before");
+    // Between 30 and 40 s of its 60 are over.
+    let first = std::fs::read(&store).expect("stored");
+    let start = Instant::now();
+    while std::fs::read(&store).expect("stored") == first {
+        assert!(start.elapsed() < PATIENCE, "not renewed");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    fetch("after");
+}
+
+#[test]
 fn their_clients_at_mtu_1500() {
     their_client_fetches_from_us("ia", 1500);
 }

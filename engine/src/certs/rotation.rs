@@ -44,6 +44,8 @@ use super::{pem, provider};
 
 /// How often certificate files are looked at.
 const FILE_INTERVAL: Duration = Duration::from_secs(5);
+/// Wait after a certificate that could not be saved.
+const SAVE_RETRY: Duration = Duration::from_secs(30);
 /// Life assumed for the back-off while there is no certificate.
 const ASSUMED_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -135,8 +137,17 @@ struct Control {
     backoff: Backoff,
     alarm_raised: Option<Alarm>,
     clock_behind_raised: bool,
+    unsaved: Option<Unsaved>,
     stamps: Option<[FileStamp; 2]>,
     events: Vec<RotationEvent>,
+}
+
+/// A pair that is served and not in the store yet.
+struct Unsaved {
+    pem: String,
+    retry_at: SystemTime,
+    /// What the status says about it.
+    error: Option<String>,
 }
 
 impl fmt::Debug for RotatingIdentity {
@@ -279,6 +290,7 @@ impl IdentityBuilder {
                 backoff: Backoff::default(),
                 alarm_raised: None,
                 clock_behind_raised: false,
+                unsaved: None,
                 stamps: None,
                 events: Vec::new(),
             }),
@@ -405,7 +417,7 @@ impl RotatingIdentity {
                 // The date moves on while a CA thinks.
                 let now = now.max(self.clock.now());
                 self.install(control, chain.clone(), key_der.into(), Some(names), now)?;
-                self.save(&chain, &key);
+                self.save(control, &chain, &key, now);
                 Ok(())
             }
             Source::Files { certificate, key } => {
@@ -501,20 +513,46 @@ impl RotatingIdentity {
         });
     }
 
-    /// A certificate that cannot be saved still serves: the next start asks the CA.
-    fn save(&self, chain: &[CertificateDer<'static>], key: &PrivateKey) {
-        let Some(path) = &self.store else { return };
+    /// A certificate that cannot be saved serves all the same, and saving is tried again.
+    fn save(
+        &self,
+        control: &mut Control,
+        chain: &[CertificateDer<'static>],
+        key: &PrivateKey,
+        now: SystemTime,
+    ) {
+        if self.store.is_none() {
+            return;
+        }
         let mut text = pem::encode("PRIVATE KEY", key.pkcs8());
         for certificate in chain {
             text.push_str(&pem::encode("CERTIFICATE", certificate));
         }
-        if let Err(error) = replace_file(path, text.as_bytes(), Access::Owner) {
-            self.faults.record(error.fault());
-            tracing::warn!(%error, "the new certificate serves but is not saved for a restart");
-            let mut status = self.status();
-            status.last_error = Some(error.to_string());
-            self.status.store(Arc::new(status));
+        control.unsaved = Some(Unsaved { pem: text, retry_at: now, error: None });
+        self.write_unsaved(control, now);
+    }
+
+    /// Writes what is not in the store yet, if it is due.
+    fn write_unsaved(&self, control: &mut Control, now: SystemTime) {
+        let Some(path) = &self.store else { return };
+        // A date that jumped back must not stretch the wait.
+        let is_due = |at: SystemTime| now >= at || at > now + SAVE_RETRY;
+        let Some(mut unsaved) = control.unsaved.take_if(|one| is_due(one.retry_at)) else { return };
+        let mut status = self.status();
+        match replace_file(path, unsaved.pem.as_bytes(), Access::Owner) {
+            // A renewal that failed meanwhile is still worth telling.
+            Ok(()) if status.last_error == unsaved.error => status.last_error = None,
+            Ok(()) => {}
+            Err(error) => {
+                self.faults.record(error.fault());
+                tracing::warn!(%error, "the new certificate serves but is not saved for a restart");
+                unsaved.error = Some(error.to_string());
+                unsaved.retry_at = now + SAVE_RETRY;
+                status.last_error.clone_from(&unsaved.error);
+                control.unsaved = Some(unsaved);
+            }
         }
+        self.status.store(Arc::new(status));
     }
 
     fn is_due(&self, control: &mut Control, now: SystemTime) -> bool {
@@ -599,6 +637,7 @@ impl RotatingIdentity {
         alarms
             .chain([control.next_attempt])
             .chain(control.ask_window_at)
+            .chain(control.unsaved.as_ref().map(|one| one.retry_at))
             .min()
             .unwrap_or(now)
             .max(now)
@@ -634,6 +673,7 @@ impl Periodic for RotatingIdentity {
         {
             self.note_failure(&mut control, &error, now);
         }
+        self.write_unsaved(&mut control, now);
         self.ask_window(&mut control, now);
         self.raise_alarms(&mut control, now);
         let deadline = self.next_deadline(&control, now);

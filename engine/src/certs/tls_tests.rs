@@ -198,6 +198,11 @@ fn forged_certificates_are_refused() {
     let client_only = showing(server(&clock), vec![leaf], &key);
     assert_client_refuses(&client(), &client_only, NAME, CertificateFault::WrongPurpose);
 
+    // Another CA of the same name, which somebody made anew.
+    let (leaf, key) = Forge::new(None).leaf(|_| {});
+    let namesake = showing(server(&clock), vec![leaf], &key);
+    assert_client_refuses(&client(), &namesake, NAME, CertificateFault::UnknownRoot);
+
     let garbage = showing(server(&clock), vec![vec![0x30, 3, 2, 1, 0].into()], &key);
     assert_client_refuses(&client(), &garbage, NAME, CertificateFault::Malformed);
 }

@@ -24,6 +24,17 @@ fn refuse(faults: &FaultCounters, error: Error) -> Error {
     error
 }
 
+/// A signature in a chain that does not fit was made by another CA of the same name: no trusted root has
+/// signed it. (In a handshake's signature the same error means the wrong private key.)
+fn chain_error(error: Error) -> Error {
+    match error {
+        Error::InvalidCertificate(rustls::CertificateError::BadSignature) => {
+            rustls::CertificateError::UnknownIssuer.into()
+        }
+        other => other,
+    }
+}
+
 /// The client's check of a server.
 #[derive(Debug)]
 pub(super) struct ServerVerifier {
@@ -54,7 +65,7 @@ impl ServerCertVerifier for ServerVerifier {
             .loaded()
             .server
             .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-            .map_err(|error| refuse(&self.faults, error))
+            .map_err(|error| refuse(&self.faults, chain_error(error)))
             .inspect(|_verified| {
                 // webpki has parsed it; what this parser could not read is not resumed, no more.
                 if let Ok(summary) = CertificateSummary::parse(end_entity) {
@@ -117,7 +128,7 @@ impl ClientCertVerifier for ClientVerifier {
             .loaded()
             .client
             .verify_client_cert(end_entity, intermediates, now)
-            .map_err(|error| refuse(&self.faults, error))
+            .map_err(|error| refuse(&self.faults, chain_error(error)))
     }
 
     fn verify_tls12_signature(
@@ -216,8 +227,10 @@ pub(super) fn check_own_chain(
     }
     let Some(trust) = trust else { return Ok(summary) };
     let now = super::wall_clock::unix_time(now);
-    let refused =
-        |error: Error| CertsError::certificate(CertificateFault::of_tls(&error), error.to_string());
+    let refused = |error: Error| {
+        let error = chain_error(error);
+        CertsError::certificate(CertificateFault::of_tls(&error), error.to_string())
+    };
     let loaded = trust.loaded();
     let server_names = names.unwrap_or(&summary.names).server_names()?;
     if server_names.is_empty() {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use stoq_ebpf::steer::SteerTable;
 
-use super::af_xdp::{AfXdp, AfXdpConfig, InterfaceHandle, ZeroCopy, open_interface};
+use super::af_xdp::{AfXdp, AfXdpConfig, InterfaceHandle, ReceiveHash, ZeroCopy, open_interface};
 use super::choice::{DatapathChoice, choose};
 use super::io_uring::IoUringDatapath;
 use super::socket::SocketDatapath;
@@ -97,34 +97,43 @@ impl Opened {
     }
 }
 
+/// What an engine knows of its packets beyond its configuration.
+#[derive(Default)]
+pub(crate) struct Use<'a> {
+    /// Says which shard owns a packet.
+    pub(crate) table: Option<&'a SteerTable>,
+    /// No peer connects to it, so that its shards need not share a port.
+    pub(crate) client_only: bool,
+}
+
 /// Opens the datapaths that `config` asks for, without steering in the kernel.
 ///
 /// # Errors
 /// What was demanded cannot be had: the text names it and the fix. `Auto` fails
 /// only when not even plain sockets can be opened.
 pub fn open(config: &TransportConfig) -> Result<Opened, StartError> {
-    open_steered(config, None)
+    open_for(config, &Use::default())
 }
 
-/// The same; `table` says which shard owns a packet.
-pub(crate) fn open_steered(
-    config: &TransportConfig,
-    table: Option<&SteerTable>,
-) -> Result<Opened, StartError> {
+/// The same, for the shards of an engine.
+pub(crate) fn open_for(config: &TransportConfig, using: &Use<'_>) -> Result<Opened, StartError> {
+    let table = using.table;
     match config.datapath {
-        DatapathChoice::AfXdp => open_af_xdp(config).map(|opened| opened.because("asked for")),
+        DatapathChoice::AfXdp => {
+            open_af_xdp(config, using).map(|opened| opened.because("asked for"))
+        }
         DatapathChoice::IoUring => {
             open_io_uring(config, table).map(|opened| opened.because("asked for"))
         }
         DatapathChoice::Socket => {
             open_sockets(config, table).map(|opened| opened.because("asked for"))
         }
-        DatapathChoice::Auto => open_best(config, table),
+        DatapathChoice::Auto => open_best(config, using),
     }
 }
 
 /// The best by capability; what cannot be opened after all is left for the next.
-fn open_best(config: &TransportConfig, table: Option<&SteerTable>) -> Result<Opened, StartError> {
+fn open_best(config: &TransportConfig, using: &Use<'_>) -> Result<Opened, StartError> {
     let interface = interface_name(config);
     let facts = interface.as_deref().and_then(interface_facts);
     let mut reasons = Vec::new();
@@ -160,10 +169,10 @@ fn open_best(config: &TransportConfig, table: Option<&SteerTable>) -> Result<Ope
             DatapathKind::AfXdp => {
                 let mut config = config.clone();
                 config.interface = interface.clone();
-                open_af_xdp(&config)
+                open_af_xdp(&config, using)
             }
-            DatapathKind::IoUring => open_io_uring(config, table),
-            _ => open_sockets(config, table),
+            DatapathKind::IoUring => open_io_uring(config, using.table),
+            _ => open_sockets(config, using.table),
         };
         match opened {
             Ok(mut opened) => {
@@ -198,21 +207,45 @@ fn interface_of(config: &TransportConfig) -> Option<String> {
     line.split_whitespace().nth(5).map(str::to_owned)
 }
 
-fn open_af_xdp(config: &TransportConfig) -> Result<Opened, StartError> {
+fn open_af_xdp(config: &TransportConfig, using: &Use<'_>) -> Result<Opened, StartError> {
     let interface = config.interface.clone().expect("validated: AF_XDP names an interface");
     let shards = u32::try_from(config.shards).expect("validated: at most 256");
     let mut af_xdp = AfXdpConfig::new(interface, config.bind);
     af_xdp.queues = (config.first_queue..config.first_queue + shards).collect();
     af_xdp.zero_copy = if config.require_zero_copy { ZeroCopy::Require } else { ZeroCopy::Prefer };
     af_xdp.allow_skb_mode = config.allow_skb_mode;
+    let mut unknown = None;
+    // The replies to a port that the user chose arrive where they arrive.
+    if using.client_only && config.shards > 1 && config.bind.port() == 0 {
+        match ReceiveHash::of_interface(&af_xdp.interface) {
+            Ok(hash) => af_xdp.receive_hash = Some(hash),
+            Err(why) => unknown = Some(why),
+        }
+    }
     let paths = open_interface(&af_xdp).map_err(|error| refused("af_xdp", &error))?;
+    let reasons = replies(&paths, unknown).into_iter().collect();
     let xdp = paths.first().map(|path| XdpHandle::new(path.interface()));
     Ok(Opened {
         datapaths: Datapaths::AfXdp(paths),
-        reasons: Vec::new(),
+        reasons,
         xdp,
         af_xdp: Some(af_xdp),
         steering: None,
+    })
+}
+
+/// How the replies to a client come to their shards, where that is a question; `unknown` says why
+/// the device's hash is not known.
+fn replies(paths: &[AfXdp], unknown: Option<String>) -> Option<String> {
+    if let Some(why) = unknown {
+        return Some(format!("replies are handed over between shards: {why}"));
+    }
+    let mut ports: Vec<u16> = paths.iter().map(|path| path.local_addr().port()).collect();
+    ports.dedup();
+    (ports.len() > 1).then(|| {
+        format!(
+            "replies arrive at their shards' queues: source ports {ports:?} by the device's hash"
+        )
     })
 }
 

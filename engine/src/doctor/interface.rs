@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::genl::{self, Attributes, Family};
 use super::host::{line, number};
 use super::{Advice, TrialBind};
+use crate::datapath::af_xdp::ReceiveHash;
 use crate::datapath::choice::{DeviceClass, XdpSupport};
 
 /// Families that are asked about every interface; `None` where the kernel has none.
@@ -121,6 +122,9 @@ pub struct Interface {
     pub napi_threaded: Option<bool>,
     /// NUMA node of the device.
     pub numa_node: Option<i64>,
+    /// Why the queue of a reply cannot be foretold (RSS), so that a client's shards hand replies over
+    /// over AF_XDP; `None` where source ports are chosen by the device's hash.
+    pub replies_unforeseen: Option<String>,
 }
 
 /// Offloads that matter, and on which side they belong.
@@ -180,6 +184,7 @@ impl Interface {
             interrupt_cpus: interrupt_cpus(&device),
             napi_threaded: number(root.join("threaded")).map(|threaded| threaded != 0),
             numa_node: line(device.join("numa_node")).and_then(|node| node.parse().ok()),
+            replies_unforeseen: ReceiveHash::of_interface(name).err(),
         })
     }
 
@@ -251,6 +256,18 @@ impl Interface {
                 format!(
                     "ethtool -X {name} start FIRST_QUEUE equal SHARDS (or setup-nic.sh {name} --shards \
                      SHARDS), unless there is a shard for each; ethtool -x {name} shows it"
+                ),
+            );
+        }
+        if let Some(why) = &self.replies_unforeseen
+            && af_xdp
+            && self.class != DeviceClass::Virtual
+            && self.queues.0 > 1
+        {
+            add(
+                format!("{name}: a client's shards hand replies over to each other: {why}"),
+                format!(
+                    "ethtool -X {name} hfunc toeplitz; ethtool -N {name} rx-flow-hash udp6 sdfn"
                 ),
             );
         }
@@ -387,6 +404,7 @@ mod tests {
             interrupt_cpus: vec![0],
             napi_threaded: Some(false),
             numa_node: Some(0),
+            replies_unforeseen: Some("eth9 hashes no ports".to_owned()),
         }
     }
 
@@ -418,6 +436,7 @@ mod tests {
         let xdp = text(true);
         assert!(xdp.contains("rx-lro off") && xdp.contains("threaded"), "{xdp}");
         assert!(xdp.contains("ethtool -X eth9 start"), "{xdp}");
+        assert!(xdp.contains("rx-flow-hash udp6 sdfn"), "{xdp}");
         assert!(!xdp.contains("tx-udp-segmentation"));
         let sockets = text(false);
         assert!(sockets.contains("tx-udp-segmentation on"), "{sockets}");

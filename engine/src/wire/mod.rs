@@ -16,6 +16,7 @@
 pub mod checksum;
 pub mod ethernet;
 pub mod ipv6;
+pub mod toeplitz;
 pub mod udp;
 
 pub use ethernet::MacAddr;

@@ -31,6 +31,7 @@ mod routes;
 mod slow_path;
 mod socket;
 mod solicit;
+mod source_ports;
 mod transmit;
 
 use std::collections::VecDeque;
@@ -63,6 +64,7 @@ pub use self::limits::{AfXdpLimits, LimitsError};
 pub(crate) use self::open::reopen;
 pub use self::open::{AfXdpConfig, open_interface};
 pub use self::socket::ZeroCopy;
+pub use self::source_ports::ReceiveHash;
 
 /// A shard that never sleeps looks at the slow-path socket once in so many turns.
 const SLOW_PATH_TURNS: u32 = 64;

@@ -21,6 +21,7 @@ use super::program::{AttachMode, XdpProgram};
 use super::receive::Receiver;
 use super::slow_path::{self, is_ipv4};
 use super::socket::{Binding, XskSocket, ZeroCopy};
+use super::source_ports::{ReceiveHash, SourcePort};
 use super::transmit::Transmitter;
 use super::{AfXdp, Interface, InterfaceHandle, payload_max};
 use crate::datapath::socket::SocketDatapath;
@@ -50,6 +51,10 @@ pub struct AfXdpConfig {
     /// Whether UDP checksums of sent packets may be left to the device (or, in
     /// copy mode, to the kernel) where that is reliable; the engine sums otherwise.
     pub checksum_offload: bool,
+    /// How the device spreads replies over its queues. With it, and port 0, each queue's datapath
+    /// gets a port of its own and sends to a peer from that one of all ports whose replies arrive
+    /// at its queue; `None`: one port for all. For clients: a server has one port.
+    pub receive_hash: Option<ReceiveHash>,
     /// Sizes and bounds.
     pub limits: AfXdpLimits,
 }
@@ -66,12 +71,14 @@ impl AfXdpConfig {
             attach_mode: None,
             allow_skb_mode: false,
             checksum_offload: true,
+            receive_hash: None,
             limits: AfXdpLimits::default(),
         }
     }
 }
 
-/// Opens one datapath per queue of an interface, all on the same UDP port.
+/// Opens one datapath per queue of an interface, all on the same UDP port unless
+/// [`receive_hash`](AfXdpConfig::receive_hash) tells better ones.
 ///
 /// Needs `CAP_NET_ADMIN`, `CAP_NET_RAW` and `CAP_BPF`. Each datapath may then be
 /// moved to the thread of its shard. May block for some milliseconds, and up to
@@ -91,20 +98,22 @@ pub fn open_interface(config: &AfXdpConfig) -> Result<Vec<AfXdp>, AfXdpError> {
         let first = neighbors.first().expect("at least one queue, checked above");
         (first.mtu(), check_address(config, first.addresses(), ifindex)?)
     };
-    let slow_paths = slow_path::open(local, config.queues.len(), config.limits.slow_path_batch)?;
+    let slow_paths = open_slow_paths(config, local)?;
     let sockets = config
         .queues
         .iter()
         .map(|&queue| bind(config, ifindex, queue, mtu_bytes))
         .collect::<Result<Vec<_>, _>>()?;
-    let port = slow_paths[0].local_addr().port();
+    let ports: Arc<[u16]> = slow_paths.iter().map(|path| path.local_addr().port()).collect();
     let bound: Vec<_> = config.queues.iter().copied().zip(&sockets).collect();
-    let interface = attach(config, ifindex, port, &bound)?;
+    let interface = attach(config, ifindex, &ports, &bound)?;
     let opened = neighbors.into_iter().zip(slow_paths).zip(sockets).zip(&config.queues);
     let opened: Vec<_> = opened
         .map(|(((neighbors, slow_path), socket), &queue)| {
             let local = slow_path.local_addr();
-            let parts = Parts { neighbors, slow_path: Some(slow_path), local, socket, queue };
+            let ports = Arc::clone(&ports);
+            let parts =
+                Parts { neighbors, slow_path: Some(slow_path), local, ports, socket, queue };
             assemble(config, ifindex, &interface, parts)
         })
         .collect();
@@ -112,7 +121,7 @@ pub fn open_interface(config: &AfXdpConfig) -> Result<Vec<AfXdp>, AfXdpError> {
         tracing::info!(
             interface = config.interface,
             queue = datapath.queue,
-            port,
+            port = datapath.local.port(),
             mtu_bytes,
             mode = datapath.capabilities.mode,
             "AF_XDP datapath opened"
@@ -122,8 +131,8 @@ pub fn open_interface(config: &AfXdpConfig) -> Result<Vec<AfXdp>, AfXdpError> {
 }
 
 /// Opens one queue of an interface again, which may be another one of the same name, for a shard
-/// that holds the port `config.local` already; the datapath lacks its slow path, which the shard
-/// gives to it. `shared` is the program that the interface's other queues use, if any does: it is
+/// that holds its one of `ports` (in the order of `config.queues`) already; the datapath lacks its
+/// slow path, which the shard gives to it. `shared` is the program that the interface's other queues use, if any does: it is
 /// joined where it is still on this interface, and replaced by a new one otherwise.
 ///
 /// Blocks for some milliseconds, and up to a second while the queue or the interface is busy.
@@ -132,16 +141,19 @@ pub fn open_interface(config: &AfXdpConfig) -> Result<Vec<AfXdp>, AfXdpError> {
 /// See [`AfXdpError`]; nothing stays open or attached.
 pub(crate) fn reopen(
     config: &AfXdpConfig,
-    queue: u32,
+    shard: usize,
+    ports: &Arc<[u16]>,
     shared: &InterfaceHandle,
 ) -> Result<AfXdp, AfXdpError> {
+    let queue = config.queues[shard];
     let config = &AfXdpConfig { queues: vec![queue], ..config.clone() };
     let ifindex = check_request(config)?;
     let neighbors = open_neighbors(config, ifindex)?;
     if !neighbors.link_up() {
         return Err(AfXdpError::LinkDown { interface: config.interface.clone() });
     }
-    let local = check_address(config, neighbors.addresses(), ifindex)?;
+    let mut local = check_address(config, neighbors.addresses(), ifindex)?;
+    local.set_port(ports[shard]);
     let socket = bind(config, ifindex, queue, neighbors.mtu())?;
     let interface = match shared.0.upgrade().filter(|shared| shared.can_be_joined(ifindex)) {
         Some(shared) => {
@@ -150,10 +162,25 @@ pub(crate) fn reopen(
             })?;
             shared
         }
-        None => attach(config, ifindex, local.port(), &[(queue, &socket)])?,
+        None => attach(config, ifindex, ports, &[(queue, &socket)])?,
     };
-    let parts = Parts { neighbors, slow_path: None, local, socket, queue };
+    let ports = Arc::clone(ports);
+    let parts = Parts { neighbors, slow_path: None, local, ports, socket, queue };
     Ok(assemble(config, ifindex, &interface, parts))
+}
+
+/// The kernel's sockets that hold the ports: one port for all shards, or one each.
+fn open_slow_paths(
+    config: &AfXdpConfig,
+    local: SocketAddrV6,
+) -> Result<Vec<SocketDatapath>, AfXdpError> {
+    let (shards, rx_buffers) = (config.queues.len(), config.limits.slow_path_batch);
+    if let Some(hash) = config.receive_hash.as_ref().filter(|_| shards > 1 && local.port() == 0)
+        && let Some(opened) = slow_path::open_apart(local, shards, rx_buffers, hash)?
+    {
+        return Ok(opened);
+    }
+    slow_path::open(local, shards, rx_buffers)
 }
 
 impl Interface {
@@ -259,11 +286,11 @@ fn check_address(
     Ok(local)
 }
 
-/// Attaches the program, gives it the sockets, and then the port.
+/// Attaches the program, gives it the sockets, and then the ports, which may be all the same.
 fn attach(
     config: &AfXdpConfig,
     ifindex: u32,
-    port: u16,
+    ports: &[u16],
     sockets: &[(u32, &XskSocket)],
 ) -> Result<Arc<Interface>, AfXdpError> {
     let failed = |source| AfXdpError::Program { interface: config.interface.clone(), source };
@@ -274,7 +301,9 @@ fn attach(
         program.set_socket(queue, socket.as_fd()).map_err(failed)?;
     }
     let address = Some(*config.local.ip()).filter(|address| !address.is_unspecified());
-    program.register_port(port, address).map_err(failed)?;
+    for &port in ports {
+        program.register_port(port, address).map_err(failed)?;
+    }
     Ok(Arc::new(Interface {
         name: config.interface.clone(),
         ifindex,
@@ -296,17 +325,30 @@ struct Parts {
     neighbors: Neighbors,
     slow_path: Option<SocketDatapath>,
     local: SocketAddrV6,
+    /// Those of all shards.
+    ports: Arc<[u16]>,
     socket: XskSocket,
     queue: u32,
 }
 
+/// The port to send from, where replies arrive at queues of their own and where they do not.
+fn source_port(config: &AfXdpConfig, parts: &Parts) -> SourcePort {
+    let own = parts.local.port();
+    let apart = parts.ports.iter().any(|port| *port != own);
+    match config.receive_hash.clone().filter(|_| apart) {
+        Some(hash) => SourcePort::chosen(own, hash, Arc::clone(&parts.ports), parts.queue),
+        None => SourcePort::fixed(own),
+    }
+}
+
 fn assemble(config: &AfXdpConfig, ifindex: u32, interface: &Arc<Interface>, parts: Parts) -> AfXdp {
-    let Parts { neighbors, slow_path, local, socket, queue } = parts;
+    let source_port = source_port(config, &parts);
+    let Parts { neighbors, slow_path, local, ports, socket, queue } = parts;
     let limits = &config.limits;
     let now = Instant::now();
     let offload = config.checksum_offload && checksum_offload(&socket);
     let transmitter = Transmitter::new(
-        local.port(),
+        source_port,
         limits.frame_size_bytes,
         socket.multi_buffer,
         socket.zero_copy,
@@ -322,7 +364,7 @@ fn assemble(config: &AfXdpConfig, ifindex: u32, interface: &Arc<Interface>, part
     }
     let patience = Duration::from_millis(limits.pending_ms_max);
     AfXdp {
-        receiver: Receiver::new(local, ifindex),
+        receiver: Receiver::new(local, ports, ifindex),
         payload_max: payload_max(neighbors.mtu(), &transmitter),
         link_up: neighbors.link_up(),
         pending_generation: neighbors.generation(),

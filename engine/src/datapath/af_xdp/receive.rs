@@ -5,6 +5,7 @@
 //! reason. Its frames return to the fill ring either way.
 
 use std::net::{Ipv6Addr, SocketAddrV6};
+use std::sync::Arc;
 
 use super::limits::FRAMES_PER_PACKET_MAX;
 use super::rings::{Rings, RxFragment};
@@ -29,6 +30,8 @@ enum Judgement {
 #[derive(Debug)]
 pub(super) struct Receiver {
     local: SocketAddrV6,
+    /// The ports of all shards: what arrives for another one is handed over by its shard.
+    ports: Arc<[u16]>,
     ifindex: u32,
     /// Fragments of the packet being put together; they may arrive over several turns.
     fragments: Vec<RxFragment>,
@@ -39,10 +42,11 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    /// Receives what is sent to `local`; an unspecified address means each of the interface's.
-    pub(super) fn new(local: SocketAddrV6, ifindex: u32) -> Self {
+    /// Receives what is sent to the address of `local` and one of `ports`; an unspecified address
+    /// means each of the interface's.
+    pub(super) fn new(local: SocketAddrV6, ports: Arc<[u16]>, ifindex: u32) -> Self {
         let fragments = Vec::with_capacity(FRAGMENTS_MAX);
-        Self { local, ifindex, fragments, overlong: false, partial_checksums: 0 }
+        Self { local, ports, ifindex, fragments, overlong: false, partial_checksums: 0 }
     }
 
     /// Datagrams whose UDP checksum was the bare pseudo-header sum: sent by a
@@ -164,7 +168,8 @@ impl Receiver {
         } else {
             packet.dst == *self.local.ip()
         };
-        address_is_ours && packet.dst_port == self.local.port()
+        let port = packet.dst_port;
+        address_is_ours && (port == self.local.port() || self.ports.contains(&port))
     }
 
     /// The sender; a link-local one is known by the interface that it was heard on (RFC 4007 §6).
@@ -221,7 +226,7 @@ mod tests {
                 umem,
                 rings,
                 kernel,
-                receiver: Receiver::new(SocketAddrV6::new(DST, PORT, 0, 0), 7),
+                receiver: Receiver::new(SocketAddrV6::new(DST, PORT, 0, 0), [PORT].into(), 7),
                 batch: RxBatch::new(batch_limit, 1 << 20),
                 counters: DatapathCounters::default(),
             }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use super::limits::FRAMES_PER_PACKET_MAX;
 use super::neighbors::NextHop;
 use super::rings::Rings;
+use super::source_ports::SourcePort;
 use crate::datapath::{DatapathCounters, TxMeta};
 use crate::sys::xsk::{PACKET_CONTINUES, TX_METADATA, TxMetadata, Xsk};
 use crate::umem::{Frame, Umem};
@@ -63,7 +64,7 @@ pub(super) enum Flushed {
 /// The transmit side of one socket.
 #[derive(Debug)]
 pub(super) struct Transmitter {
-    source_port: u16,
+    source_port: SourcePort,
     /// The device, or the kernel in its place, writes the UDP checksum.
     checksum_offload: bool,
     zero_copy: bool,
@@ -87,7 +88,7 @@ pub(super) struct Transmitter {
 impl Transmitter {
     /// A transmit side that sends from `source_port`.
     pub(super) fn new(
-        source_port: u16,
+        source_port: SourcePort,
         frame_size_bytes: u32,
         multi_buffer: bool,
         zero_copy: bool,
@@ -297,13 +298,13 @@ impl Transmitter {
         packet[..HEADERS_BYTES].copy_from_slice(&headers);
     }
 
-    fn header_fields(&self, hop: &NextHop, meta: &TxMeta) -> HeaderFields {
+    fn header_fields(&mut self, hop: &NextHop, meta: &TxMeta) -> HeaderFields {
         HeaderFields {
             src_mac: hop.src_mac,
             dst_mac: hop.dst_mac,
             src: hop.src,
             dst: *meta.remote.ip(),
-            src_port: self.source_port,
+            src_port: self.source_port.towards(hop.src, &meta.remote),
             dst_port: meta.remote.port(),
             traffic_class: meta.ecn as u8,
             hop_limit: HOP_LIMIT,
@@ -342,7 +343,7 @@ mod tests {
                 rings,
                 kernel,
                 transmitter: Transmitter::new(
-                    4433,
+                    SourcePort::fixed(4433),
                     2048,
                     multi_buffer,
                     false,

@@ -1,6 +1,7 @@
 //! AF_XDP behind a failover: which queue belongs to which shard, and the program that they share.
 
 use std::any::Any;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Failover;
@@ -19,8 +20,9 @@ const BIND_RETRIES: u32 = 10;
 /// What is needed to open the queues of one interface again.
 #[derive(Debug)]
 pub(crate) struct AfXdpReopen {
-    /// With the port that is held.
     config: AfXdpConfig,
+    /// The port that each shard's socket holds.
+    ports: Arc<[u16]>,
     program: XdpHandle,
     /// Where packet memory shall lie.
     node: Option<usize>,
@@ -29,7 +31,7 @@ pub(crate) struct AfXdpReopen {
 impl AfXdpReopen {
     /// For datapaths that were opened with `config`; `program` is kept up to date.
     pub(crate) fn new(config: AfXdpConfig, program: XdpHandle, node: Option<usize>) -> Self {
-        Self { config, program, node }
+        Self { config, ports: Arc::new([]), program, node }
     }
 
     /// Wraps the open datapaths of an engine's shards, in order. `offer` pushes a datapath into a
@@ -46,6 +48,7 @@ impl AfXdpReopen {
         if let Some(first) = paths.first() {
             self.config.local = first.local_addr();
         }
+        self.ports = paths.iter().map(|path| path.local_addr().port()).collect();
         self.config.limits.bind_retries = self.config.limits.bind_retries.min(BIND_RETRIES);
         let mut seed = [0; 8];
         aws_lc_rs::rand::fill(&mut seed).expect("the system gives randomness");
@@ -63,8 +66,8 @@ impl Reopen<AfXdp> for AfXdpReopen {
     fn reopen(&mut self, shard: usize) -> Result<AfXdp, String> {
         // Memory on another node costs speed only.
         let _near_the_card = self.node.and_then(|node| PreferredNode::set(node).ok());
-        let queue = self.config.queues[shard];
-        let opened = af_xdp::reopen(&self.config, queue, &self.program.interface());
+        let program = self.program.interface();
+        let opened = af_xdp::reopen(&self.config, shard, &self.ports, &program);
         let path = opened.map_err(|error| error.to_string())?;
         self.program.set_interface(path.interface());
         Ok(path)
