@@ -13,7 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 use stoq::certs::acme::{AcmeCa, AcmeChallenge, AcmeChallenges, AcmeConfig, ChallengeKind};
 use stoq::certs::{
     CertificateAuthority, CertificateFault, CertsError, IdentityNames, LocalCa, LocalCaConfig,
-    Periodic, RotatingIdentity, SimWallClock, WallClock,
+    Periodic, RotatingIdentity, SimWallClock, WallClock, certificates_from_file,
+    private_key_from_file,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -190,6 +191,79 @@ impl Acme {
     }
 }
 
+/// A directory over HTTPS that sends everybody to Pebble, and tells when it wants certificates renewed
+/// (RFC 9773, section 4): the Pebble that Debian 12 has, 2.4, is older than that. The thread ends with
+/// the process.
+struct Wishes {
+    directory_url: String,
+    /// Paths asked for.
+    asked: Arc<Mutex<Vec<String>>>,
+    /// The answer, JSON.
+    window: Arc<Mutex<String>>,
+}
+
+impl Wishes {
+    fn start(acme: &Acme) -> Self {
+        let pem = acme.scratch.0.join("pebble.pem");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(
+                certificates_from_file(&pem).expect("Pebble's chain"),
+                private_key_from_file(&pem).expect("Pebble's key"),
+            );
+        let config = Arc::new(config.expect("a pair"));
+        let listener = TcpListener::bind("[::1]:0").expect("bound");
+        let own = format!("https://{}", listener.local_addr().expect("known"));
+        let pebble = acme.directory_url.trim_end_matches("/dir");
+        let directory = serde_json::json!({
+            "newNonce": format!("{pebble}/nonce-plz"),
+            "newAccount": format!("{pebble}/sign-me-up"),
+            "newOrder": format!("{pebble}/order-plz"),
+            "revokeCert": format!("{pebble}/revoke-cert"),
+            "keyChange": format!("{pebble}/rollover-account-key"),
+            "renewalInfo": format!("{own}/renewal"),
+            "meta": { "termsOfService": "data:text/plain,none" },
+        });
+        let wishes = Self {
+            directory_url: format!("{own}/dir"),
+            asked: Arc::default(),
+            window: Arc::default(),
+        };
+        let (asked, window) = (wishes.asked.clone(), wishes.window.clone());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let connection = rustls::ServerConnection::new(config.clone()).expect("TLS");
+                let stream = rustls::StreamOwned::new(connection, stream.expect("a connection"));
+                let mut reader = BufReader::new(stream);
+                let mut line = String::new();
+                if reader.read_line(&mut line).is_err() {
+                    continue;
+                }
+                let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
+                while reader.read_line(&mut line).is_ok_and(|length| length > 2) {}
+                let body = match path.as_str() {
+                    "/dir" => directory.to_string(),
+                    _ => window.lock().expect("not poisoned").clone(),
+                };
+                asked.lock().expect("not poisoned").push(path);
+                let length = body.len();
+                // A client that went away meanwhile is its own business.
+                let _gone = write!(
+                    reader.get_mut(),
+                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nRetry-After: 7200\r\n\
+                     Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+                );
+                reader.get_mut().conn.send_close_notify();
+                let _flushed = reader.get_mut().flush();
+            }
+        });
+        wishes
+    }
+}
+
 /// The test's own hooks.
 struct Hooks {
     kind: ChallengeKind,
@@ -289,6 +363,58 @@ fn http_01_certifies_and_renews_with_one_account() {
     // This Pebble knows no renewal information: no wish, and no error.
     let key = node.certified_key().expect("serves");
     assert_eq!(ca.renewal_window(&key.cert[0]).expect("answered"), None);
+}
+
+/// The CA's wish is asked for by the certificate's identifier, and moves the renewal.
+#[test]
+fn renewal_information_moves_the_renewal() {
+    let acme = Acme::start();
+    let wishes = Wishes::start(&acme);
+    let hooks = Arc::new(acme.hooks(ChallengeKind::Http01));
+    let mut config = AcmeConfig::new(&wishes.directory_url, acme.scratch.0.join("account.json"));
+    config.terms_of_service_agreed = true;
+    config.server_root = Some(acme.scratch.0.join("ca/root.pem"));
+    config.timeout = PATIENCE;
+    let ca = Arc::new(AcmeCa::new(config, hooks).expect("a client"));
+    let clock = Arc::new(SimWallClock::new(SystemTime::now() + Duration::from_secs(60)));
+    *wishes.window.lock().expect("not poisoned") = serde_json::json!({
+        "suggestedWindow": { "start": "2020-01-01T00:00:00Z", "end": "2020-01-02T00:00:00Z" },
+    })
+    .to_string();
+    let node = RotatingIdentity::with_authority(ca.clone(), names())
+        .clock(clock.clone())
+        .start()
+        .expect("certified");
+    let key = node.certified_key().expect("serves");
+    let window = ca.renewal_window(&key.cert[0]).expect("answered").expect("a wish");
+    let at = |text: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(text);
+    assert_eq!((window.start, window.end), (at(1_577_836_800), at(1_577_923_200)));
+    assert!(window.retry_after > Duration::from_secs(7000), "{window:?}");
+    // base64url(key identifier of the issuer).base64url(serial), RFC 9773 §4.1.
+    let asked = wishes.asked.lock().expect("not poisoned").last().cloned().expect("asked");
+    let id = asked.strip_prefix("/renewal/").unwrap_or_else(|| panic!("asked for {asked}"));
+    let (issuer, serial) = id.split_once('.').expect("two parts");
+    let is_base64url = |text: &str| {
+        !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+    };
+    assert!(is_base64url(issuer) && is_base64url(serial), "{id}");
+    // In the past: at once, far before half of the life; once, for the new certificate is asked about
+    // anew, and wished for later.
+    let first = node.status();
+    node.poll(clock.now());
+    let planned = node.status().next_renewal.expect("planned");
+    assert!(planned <= clock.now(), "moved to the present: {planned:?} {:?}", clock.now());
+    assert!(first.next_renewal.expect("planned") > clock.now() + Duration::from_secs(3600));
+    *wishes.window.lock().expect("not poisoned") = serde_json::json!({
+        "suggestedWindow": { "start": "2090-01-01T00:00:00Z", "end": "2090-01-02T00:00:00Z" },
+    })
+    .to_string();
+    node.poll(clock.now());
+    let status = node.status();
+    assert_eq!((status.renewals, &status.last_error), (1, &None), "{status:?}");
+    assert_ne!(status.serial, first.serial);
+    node.poll(clock.now());
+    assert_eq!(node.status().renewals, 1, "a wish for later moves nothing");
 }
 
 #[test]
