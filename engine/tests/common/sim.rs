@@ -28,6 +28,8 @@ pub const SERVER: SocketAddrV6 = SocketAddrV6::new(SERVER_HOST, 4433, 0, 0);
 #[derive(Debug, Default)]
 pub struct Log {
     pub connected: u64,
+    /// The peers' addresses when they were connected.
+    pub remotes: Vec<SocketAddrV6>,
     pub closed: Vec<ConnectionError>,
     pub received: BTreeMap<StreamId, Vec<u8>>,
     pub received_bytes: u64,
@@ -172,6 +174,7 @@ impl ShardApp for TestApp {
         {
             let mut log = self.log.lock().expect("log");
             log.connected += 1;
+            log.remotes.extend(cx.remote(conn));
             self.conns.push(conn);
             log.alpn = cx.alpn(conn);
         }
