@@ -53,7 +53,9 @@ fn connections_are_held_and_used_and_both_ends_are_measured() {
         let end = &report[end];
         assert!(end["rss_bytes"].as_u64() > end["rss_bytes_before"].as_u64(), "{report}");
         assert!(end["rss_bytes_per_connection"].as_u64() > Some(1000), "{report}");
-        assert!(end["turn_us"]["turns"].as_u64() >= Some(40), "{report}");
+        // On a loaded machine one turn serves many connections: up to three handshakes in each of
+        // its parts.
+        assert!(end["turn_us"]["turns"].as_u64() >= Some(5), "{report}");
         assert!(end["turn_us"]["p999"].as_u64() > Some(0), "{report}");
     }
 }

@@ -170,6 +170,36 @@ fn a_hundred_streams_at_once() {
     });
 }
 
+/// Downloads over connections that share both addresses and ports: the server opens the streams.
+#[test]
+fn servers_push_over_connections_of_one_port() {
+    const PUSHED_BYTES: usize = 2 << 20;
+    for connections in [1, 12] {
+        run("pushes", |pair| async move {
+            let mut pushes = Vec::new();
+            for _ in 0..connections {
+                let (near, far) = pair.connect().await;
+                pushes.push(async move {
+                    let sending = async {
+                        let mut send = far.open_uni().await.expect("opened");
+                        send.write_all(&pattern(PUSHED_BYTES)).await.expect("written");
+                        send.finish().expect("finished");
+                    };
+                    let receiving = async {
+                        let mut recv = near.accept_uni().await.expect("accepted");
+                        let data = recv.read_to_end(PUSHED_BYTES + 1).await.expect("read");
+                        assert!(data == pattern(PUSHED_BYTES), "{} bytes", data.len());
+                    };
+                    futures_util::future::join(sending, receiving).await;
+                    (near, far)
+                });
+            }
+            let ends = futures_util::future::join_all(pushes).await;
+            assert_eq!(ends.len(), connections);
+        });
+    }
+}
+
 #[test]
 fn a_slow_reader_holds_the_writer() {
     run("back-pressure", |pair| async move {

@@ -62,13 +62,26 @@ fn resident_bytes() -> u64 {
 
 /// Bytes that so many connections, both ends, added; after `seconds` of virtual time.
 fn measure(connections: usize, config: &TransportConfig, data: Option<Bytes>, seconds: u64) -> u64 {
+    let plan = Plan { stall: true, ..Plan::default() };
+    measure_over(10_000_000_000, plan, connections, config, data, seconds)
+}
+
+/// As [`measure`], with a server that does as `plan` says, over a link of `rate_bps`.
+fn measure_over(
+    rate_bps: u64,
+    plan: Plan,
+    connections: usize,
+    config: &TransportConfig,
+    data: Option<Bytes>,
+    seconds: u64,
+) -> u64 {
     let clock = SimClock::new();
     let network = SimNetwork::new(clock.clone(), 7);
-    let link = LinkConfig { rate_bps: 10_000_000_000, delay_us: 100, ..LinkConfig::default() };
+    let link = LinkConfig { rate_bps, delay_us: 100, ..LinkConfig::default() };
     let (near, far) = (Prefix::new(CLIENT_HOST, 32), Prefix::new(SERVER_HOST, 32));
     network.add_link(near, far, link.clone(), link).expect("a valid link");
     let (server_tls, client_tls) = sim::tls();
-    let (app, log) = TestApp::new(Plan { stall: true, ..Plan::default() });
+    let (app, log) = TestApp::new(plan);
     let setup =
         |server, client, seed| SimHostConfig { config: config.clone(), server, client, seed };
     let server = setup(Some(server_tls as _), None, 1);
@@ -171,4 +184,22 @@ fn stalled_readers_stay_within_the_bound() {
     let window = stalled as u64 * config.receive_buffer_size;
     assert!(bytes >= window, "{bytes} bytes: the windows of {window} were not filled");
     assert_within("connections with a stalled reader", stalled, bytes, bound);
+}
+
+/// With the default windows of 16 MiB: what a reader takes at once is not held.
+#[test]
+fn readers_that_keep_up_cost_no_window() {
+    let Some(()) = measured("readers_that_keep_up_cost_no_window") else { return };
+    const BYTES_EACH: u64 = 512 << 10;
+    let config = TransportConfig {
+        receive_buffer_size: TransportConfig::default().receive_buffer_size,
+        stream_receive_buffer_size: TransportConfig::default().stream_receive_buffer_size,
+        send_buffer_size: TransportConfig::default().send_buffer_size,
+        ..config()
+    };
+    let (count, data) = (100, Bytes::from(vec![1; 64 << 10]));
+    let bytes = measure_over(1_000_000_000, Plan::default(), count, &config, Some(data), 1);
+    let bound = count as u64 * (2 * config.idle_connection_bytes_max() + BYTES_EACH);
+    assert!(bound < count as u64 * config.receive_buffer_size / 20);
+    assert_within("connections with a busy reader", count, bytes, bound);
 }

@@ -192,7 +192,103 @@ impl Interface {
 
 #[cfg(test)]
 mod tests {
-    use super::super::examine;
+    use super::super::{
+        Advice, Interface, Report, RingSizes, TrialBind, Verdict, XdpFeatures, examine,
+    };
+    use crate::datapath::choice::{DatapathChoice, DeviceClass, choose};
+
+    /// This machine with a NIC that has everything, whose `auto` choice is zero-copy AF_XDP.
+    fn with_everything() -> Report {
+        let mut report = examine(Some("no-such-if"));
+        let interface = Interface {
+            name: "nic0".to_owned(),
+            class: DeviceClass::Physical,
+            driver: "mlx5_core".to_owned(),
+            state: "up".to_owned(),
+            mtu_bytes: Some(9000),
+            queues: (16, 17),
+            channels: Some((16, 63)),
+            rings: Some(RingSizes { rx: 1024, rx_max: 8192, tx: 1023, tx_max: 8191 }),
+            xdp: Some(XdpFeatures {
+                native: true,
+                redirect: true,
+                zero_copy: true,
+                multi_buffer: true,
+                zero_copy_segments_max: Some(5),
+                tx_checksum: true,
+            }),
+            trial: Some(Ok(TrialBind::ZeroCopy)),
+            offloads_on: vec!["rx-gro".to_owned(), "rx-lro".to_owned()],
+            offloads_off: vec!["tx-udp-segmentation".to_owned()],
+            interrupt_cpus: vec![2, 3],
+            napi_threaded: Some(true),
+            numa_node: Some(1),
+            replies_unforeseen: None,
+        };
+        let facts = super::super::facts(&interface, None, &report.kernel, &report.io_uring);
+        let choice = choose(DatapathChoice::Auto, &facts);
+        report.advice.extend(interface.advise(true));
+        report.interfaces.push(Verdict { interface, choice });
+        report
+    }
+
+    /// Each thing that the doctor promises to look at stands in the text and in the JSON object.
+    #[test]
+    fn everything_promised_is_in_text_and_json() {
+        let report = with_everything();
+        let text = report.to_string();
+        for line in text.lines() {
+            assert!(line.chars().count() <= 80, "{line:?}");
+        }
+        // Wrapped lines as one.
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let json = serde_json::to_value(&report).expect("plain data");
+        let promised = [
+            ("/kernel/release", "Kernel "),
+            ("/kernel/features/0/since", "UDP segmentation offload (GSO) (since 4.18)"),
+            ("/privileges/0/name", "CAP_NET_ADMIN"),
+            ("/privileges/0/buys", "attaches XDP"),
+            ("/interfaces/0/interface/driver", "mlx5_core"),
+            ("/interfaces/0/interface/state", "up"),
+            ("/interfaces/0/interface/queues/1", "16 RX and 17 TX queues"),
+            ("/interfaces/0/interface/channels/1", "16 of 63 channels"),
+            ("/interfaces/0/interface/rings/tx_max", "rings RX 1024 of 8192, TX 1023 of 8191"),
+            ("/interfaces/0/interface/mtu_bytes", "MTU 9000"),
+            ("/interfaces/0/interface/xdp/native", "native"),
+            ("/interfaces/0/interface/xdp/zero_copy", "zero-copy"),
+            ("/interfaces/0/interface/xdp/multi_buffer", "multi-buffer"),
+            ("/interfaces/0/interface/xdp/zero_copy_segments_max", "5 buffers a zero-copy packet"),
+            ("/interfaces/0/interface/xdp/tx_checksum", "TX checksum"),
+            ("/interfaces/0/interface/trial/Ok", "trial: ZeroCopy"),
+            ("/interfaces/0/interface/offloads_on/0", "offloads on rx-gro, rx-lro"),
+            ("/interfaces/0/interface/offloads_off/0", "offloads off tx-udp-segmentation"),
+            ("/interfaces/0/interface/interrupt_cpus/0", "interrupts CPUs 2,3"),
+            ("/interfaces/0/interface/napi_threaded", "NAPI in threads"),
+            ("/interfaces/0/interface/numa_node", "NUMA node 1"),
+            ("/interfaces/0/choice/kind", "auto takes af_xdp"),
+            ("/interfaces/0/choice/reason", "auto takes af_xdp: "),
+            ("/host/cpus_online", "processors"),
+            ("/host/cpus_isolated", "isolated: "),
+            ("/host/numa_nodes", "NUMA nodes"),
+            ("/host/governor", "governor"),
+            ("/host/clock_source", "clock"),
+            ("/host/huge_pages", "huge pages"),
+            ("/host/memlock_bytes", "locked memory"),
+            ("/host/rmem_max_bytes", "socket buffers receive"),
+            ("/host/wmem_max_bytes", "bytes at most"),
+            ("/io_uring", "io_uring"),
+            ("/advice", "What costs speed"),
+        ];
+        for (pointer, words) in promised {
+            assert!(json.pointer(pointer).is_some(), "{pointer} in {json:#}");
+            assert!(text.contains(words), "{words:?} in {text}");
+        }
+        // The offload that hurts AF_XDP, with the command that changes it.
+        let lro = |advice: &&Advice| advice.costs.contains("rx-lro");
+        let lro = report.advice.iter().find(lro).expect("rx-lro is on");
+        assert!(lro.fix.contains("ethtool -K nic0"), "{lro:?}");
+        assert!(text.contains(&format!("fix {}", lro.fix)), "{text}");
+    }
 
     #[test]
     fn fits_eighty_columns_and_says_the_choice() {

@@ -242,7 +242,7 @@ impl Interface {
                     "{name}: all {} queues interrupt CPU {}",
                     self.queues.0, self.interrupt_cpus[0]
                 ),
-                format!("spread /proc/irq/*/smp_affinity of {name} over the shards' cores"),
+                format!("scripts/setup-nic.sh {name} --shards SHARDS (spreads its interrupts)"),
             );
         }
         // A software device hashes nothing: its queues are the sender's.
@@ -442,7 +442,8 @@ mod tests {
         assert!(sockets.contains("tx-udp-segmentation on"), "{sockets}");
         assert!(!sockets.contains("rx-lro") && !sockets.contains("tx-checksum"));
         for text in [xdp, sockets] {
-            assert!(text.contains("ethtool -G eth9 rx 4096") && text.contains("smp_affinity"));
+            assert!(text.contains("ethtool -G eth9 rx 4096"));
+            assert!(text.contains("scripts/setup-nic.sh eth9 --shards"), "{text}");
         }
     }
 

@@ -279,10 +279,15 @@ impl Conn {
                 }
             }
         };
-        self.paced_until = match gate {
-            Gate::Paced(until) => Some(until),
-            _ => None,
-        };
+        self.paced_until = None;
+        match gate {
+            Gate::Paced(until) => {
+                self.paced_until = Some(until);
+                self.pacer.hold(self.inner.rtt());
+            }
+            Gate::Window => self.pacer.release(),
+            Gate::Open { .. } => {}
+        }
         let is_open = matches!(gate, Gate::Open { .. });
         if is_open {
             // Whatever ACK is owed leaves with this poll: nothing is left to wait for.
@@ -297,7 +302,10 @@ impl Conn {
     ///
     /// BBR needs both: a sample taken while the application had nothing must not
     /// lower the estimate, and a window that held nothing back must not grow.
-    pub(crate) fn note_attempt(&self, gate: Gate, sent: bool) {
+    pub(crate) fn note_attempt(&mut self, gate: Gate, sent: bool) {
+        if matches!(gate, Gate::Open { .. }) && !sent {
+            self.pacer.release();
+        }
         let Some(bbr) = self.cc.bbr() else { return };
         match gate {
             Gate::Open { .. } if sent => bbr.set_app_limited(false),

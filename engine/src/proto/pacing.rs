@@ -6,6 +6,12 @@
 //! single instant at which the line is free again, which makes the arithmetic
 //! exact from 10 kbit/s to 100 Gbit/s and lets unused time never grow into more
 //! than one quantum.
+//!
+//! Time is unused when the connection had nothing to send, or its window was full. A
+//! shard that comes late to a connection that only the pacer held back has a backlog
+//! instead, which may leave at once, as far as a round trip goes: otherwise a thread that
+//! shares its core would send a quantum each time it runs, congestion control would take that
+//! for the path's bandwidth, and the next quantum would be smaller still.
 
 use std::time::{Duration, Instant};
 
@@ -16,34 +22,63 @@ pub(crate) struct Pacer {
     free_at: Instant,
     /// Remainder of the last division, in byte-nanoseconds, so that no rate drifts.
     remainder: u64,
+    /// Only the pacer has held packets back since the line was last busy.
+    holds: bool,
+    /// How much time a late visit may make up for.
+    make_up: Duration,
 }
 
 impl Pacer {
     /// A pacer whose line is free at `now`.
     pub(crate) fn new(now: Instant) -> Self {
-        Self { free_at: now, remainder: 0 }
+        Self { free_at: now, remainder: 0, holds: false, make_up: Duration::ZERO }
+    }
+
+    /// Packets wait for the pacer alone: a visit that comes late may make up for at most a round
+    /// trip, `rtt`. The window bounds what leaves all the same.
+    pub(crate) fn hold(&mut self, rtt: Duration) {
+        self.holds = true;
+        self.make_up = rtt;
+    }
+
+    /// Something else than the pacer holds packets back, or there are none: the time until some
+    /// leave is unused.
+    pub(crate) fn release(&mut self) {
+        self.holds = false;
+    }
+
+    /// When the line was free, as far back as that counts.
+    fn line_free_at(&self, now: Instant) -> Instant {
+        if !self.holds {
+            return self.free_at.max(now);
+        }
+        // An instant before the machine's start does not exist; then nothing is too far back.
+        now.checked_sub(self.make_up).map_or(self.free_at, |earliest| self.free_at.max(earliest))
     }
 
     /// The bytes that may leave at `now`, at least 1; or the time at which some may.
     ///
     /// A quantum that has begun may be finished: the line may run at most
-    /// `quantum_bytes` ahead of the rate. Unused time is not counted.
+    /// `quantum_bytes` ahead of the rate. Unused time is not counted, a backlog is.
     pub(crate) fn allowance(
         &self,
         now: Instant,
         rate_bytes_per_s: u64,
         quantum_bytes: u64,
     ) -> Result<u64, Instant> {
-        if rate_bytes_per_s == 0 || rate_bytes_per_s == u64::MAX || self.free_at <= now {
+        if rate_bytes_per_s == 0 || rate_bytes_per_s == u64::MAX {
             return Ok(quantum_bytes.max(1));
+        }
+        if self.free_at <= now {
+            let backlog = now.duration_since(self.line_free_at(now));
+            return Ok(quantum_bytes.saturating_add(volume(backlog, rate_bytes_per_s)).max(1));
         }
         let ahead = now + time_to_send(quantum_bytes, rate_bytes_per_s);
         if self.free_at >= ahead {
             return Err(self.free_at);
         }
-        let left_ns = ahead.duration_since(self.free_at).as_nanos();
-        let bytes = left_ns * u128::from(rate_bytes_per_s) / 1_000_000_000;
-        Ok((bytes as u64).clamp(1, quantum_bytes.max(1)))
+        let bytes = volume(ahead.duration_since(self.free_at), rate_bytes_per_s);
+        Ok(bytes.clamp(1, quantum_bytes.max(1)))
     }
 
     /// Accounts for `bytes` that left at `now`.
@@ -53,8 +88,9 @@ impl Pacer {
             return;
         }
         // Unused time does not become a burst: the line was free, it starts now.
-        if self.free_at < now {
-            self.free_at = now;
+        let free_at = self.line_free_at(now);
+        if self.free_at < free_at {
+            self.free_at = free_at;
             self.remainder = 0;
         }
         let scaled = u128::from(bytes) * 1_000_000_000 + u128::from(self.remainder);
@@ -67,6 +103,12 @@ impl Pacer {
 /// The time that `bytes` take at a rate, rounded down.
 fn time_to_send(bytes: u64, rate_bytes_per_s: u64) -> Duration {
     Duration::from_nanos((u128::from(bytes) * 1_000_000_000 / u128::from(rate_bytes_per_s)) as u64)
+}
+
+/// The bytes that a rate sends in a time, rounded down.
+fn volume(time: Duration, rate_bytes_per_s: u64) -> u64 {
+    let bytes = time.as_nanos() * u128::from(rate_bytes_per_s) / 1_000_000_000;
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -131,6 +173,38 @@ mod tests {
             burst += packet;
         }
         assert!(burst <= quantum + packet, "burst of {burst} after an idle minute");
+    }
+
+    /// What leaves in visits every 50 ms, bytes a second; the pacer is told why it stopped.
+    fn visited_every_50_ms(rate: u64, mut after: impl FnMut(&mut Pacer)) -> u64 {
+        let start = Instant::now();
+        let (packet, quantum) = (1_452, 2_904);
+        let (mut pacer, mut sent) = (Pacer::new(start), 0);
+        for visit in 0..200 {
+            let now = start + Duration::from_millis(50 * visit);
+            while let Ok(allowed) = pacer.allowance(now, rate, quantum) {
+                let bytes = allowed.min(packet);
+                pacer.on_sent(now, bytes, rate);
+                sent += bytes;
+            }
+            after(&mut pacer);
+        }
+        sent / 10
+    }
+
+    #[test]
+    fn late_visits_keep_the_rate_within_a_round_trip() {
+        let rate = 1_000_000;
+        let held = visited_every_50_ms(rate, |pacer| pacer.hold(Duration::from_millis(60)));
+        assert!(held.abs_diff(rate) < rate / 50, "{held} of {rate} bytes/s");
+        let bounded = visited_every_50_ms(rate, |pacer| pacer.hold(Duration::from_millis(5)));
+        let bound = 20 * (rate / 200 + 2 * 2_904);
+        assert!(bounded > 20 * rate / 200 && bounded <= bound, "{bounded} bytes/s");
+        let other_limit = visited_every_50_ms(rate, |pacer| {
+            pacer.hold(Duration::from_millis(60));
+            pacer.release();
+        });
+        assert!(other_limit <= 20 * (2 * 2_904), "{other_limit} bytes/s were saved up");
     }
 
     #[test]
