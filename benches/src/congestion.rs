@@ -3,6 +3,10 @@
 //! Three sweeps over a link of 50 Mbit/s with 15 ms each way: throughput against random loss,
 //! the share that a flow gets beside Cubic against the buffer, and the round trip that a flow
 //! alone makes against the buffer. Every run is a scenario like those of `benches/scenarios`.
+//!
+//! With `--scenarios FOLDER`, the files of that folder over many seeds instead: see [`table`].
+
+mod table;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -26,6 +30,9 @@ const RUN_S: u64 = 40;
 const COUNTS_FROM_S: u64 = 10;
 const BEGIN: &str = "<!-- figures: `stoq congestion` writes what stands between here -->";
 const END: &str = "<!-- and here -->";
+const TABLE_BEGIN: &str =
+    "<!-- scenarios: `stoq congestion --scenarios FOLDER` writes what stands between here -->";
+const TABLE_END: &str = "<!-- and the end of the scenarios -->";
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -35,6 +42,12 @@ pub struct Args {
     /// Seed of every run.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Write the table of this folder's scenarios instead of the figures.
+    #[arg(long, value_name = "FOLDER")]
+    scenarios: Option<PathBuf>,
+    /// With --scenarios: run each with the seeds from 1 to this.
+    #[arg(long, default_value_t = 20)]
+    seeds: u64,
 }
 
 /// One table: a row of values for each point of the sweep, a column for each control.
@@ -56,22 +69,45 @@ struct Job {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let folder = args.document.parent().context("the document has no folder")?;
-    let text = std::fs::read_to_string(&args.document)
-        .with_context(|| format!("reading {}", args.document.display()))?;
-    let (head, rest) = text.split_once(BEGIN).context("the document has no place for figures")?;
-    let (_, tail) = rest.split_once(END).context("the place for figures has no end")?;
-    let mut figures = String::new();
-    for figure in [loss(args.seed)?, sharing(args.seed)?, round_trip(args.seed)?] {
-        let path = folder.join(figure.file);
-        std::fs::write(&path, figure.to_svg())
-            .with_context(|| format!("writing {}", path.display()))?;
-        figures.push_str(&figure.to_markdown());
-    }
-    let text = format!("{head}{BEGIN}\n\n{figures}{END}{tail}");
-    std::fs::write(&args.document, text)
-        .with_context(|| format!("writing {}", args.document.display()))?;
+    let path = &args.document;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let text = if let Some(folder) = &args.scenarios {
+        let place = Place::find(&text, TABLE_BEGIN, TABLE_END)?;
+        place.filled(&table::markdown(folder, args.seeds)?)
+    } else {
+        let place = Place::find(&text, BEGIN, END)?;
+        let folder = path.parent().context("the document has no folder")?;
+        let mut figures = String::new();
+        for figure in [loss(args.seed)?, sharing(args.seed)?, round_trip(args.seed)?] {
+            let path = folder.join(figure.file);
+            std::fs::write(&path, figure.to_svg())
+                .with_context(|| format!("writing {}", path.display()))?;
+            figures.push_str(&figure.to_markdown());
+        }
+        place.filled(&figures)
+    };
+    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What stands before and after generated text in a document, both with its mark.
+struct Place<'a> {
+    head: &'a str,
+    tail: &'a str,
+}
+
+impl<'a> Place<'a> {
+    fn find(text: &'a str, begin: &str, end: &str) -> anyhow::Result<Self> {
+        let from = text.find(begin).with_context(|| format!("the document has no {begin}"))?;
+        let from = from + begin.len();
+        let to = text[from..].find(end).with_context(|| format!("the document has no {end}"))?;
+        Ok(Self { head: &text[..from], tail: &text[from + to..] })
+    }
+
+    fn filled(&self, generated: &str) -> String {
+        format!("{}\n\n{generated}{}", self.head, self.tail)
+    }
 }
 
 fn loss(seed: u64) -> anyhow::Result<Figure> {
@@ -167,29 +203,38 @@ fn goodput(run: &ScenarioRun, flow: usize) -> f64 {
 
 /// Makes all runs, on all cores, and gives the figures by column.
 fn sweep(jobs: Vec<Job>, points: usize, seed: u64) -> anyhow::Result<Vec<Vec<f64>>> {
+    let values = on_all_cores(&jobs, |job| {
+        Ok((job.measure)(&run_scenario(&Scenario::parse(&job.text)?, seed)?))
+    })?;
+    ensure!(values.iter().all(|value| value.is_finite()), "a run had no samples");
+    Ok(values.chunks(points).map(<[f64]>::to_vec).collect())
+}
+
+/// The results of `work` on every job, in their order.
+fn on_all_cores<J: Sync, R: Send>(
+    jobs: &[J],
+    work: impl Fn(&J) -> anyhow::Result<R> + Sync,
+) -> anyhow::Result<Vec<R>> {
     let next = AtomicUsize::new(0);
-    let results = Mutex::new(vec![None; jobs.len()]);
-    let work = || -> anyhow::Result<()> {
+    let results = Mutex::new(jobs.iter().map(|_| None).collect::<Vec<_>>());
+    let worker = || -> anyhow::Result<()> {
         // Relaxed: the number only has to be another for each thread.
         while let Some((index, job)) =
             Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, jobs.get(i)?)))
         {
-            let run = run_scenario(&Scenario::parse(&job.text)?, seed)?;
-            let value = (job.measure)(&run);
-            results.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(value);
+            let result = work(job)?;
+            results.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(result);
         }
         Ok(())
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
         workers.into_iter().try_for_each(|worker| worker.join().expect("a run panicked"))
     })?;
-    let values: Option<Vec<f64>> =
+    let results: Option<Vec<R>> =
         results.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect();
-    let values = values.context("a run gave no figure")?;
-    ensure!(values.iter().all(|value| value.is_finite()), "a run had no samples");
-    Ok(values.chunks(points).map(<[f64]>::to_vec).collect())
+    results.context("a run gave no result")
 }
 
 const WIDTH: f64 = 640.0;

@@ -57,10 +57,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
 fn print_table(result: &ScenarioResult, speed: f64) {
     println!("{}, seed {}, digest {}", result.name, result.seed, result.digest);
     for (index, flow) in result.flows.iter().enumerate() {
-        let end = flow.completed_ms.map_or_else(
-            || "not complete".to_owned(),
-            |at| format!("complete at {:.3} s", at as f64 / 1e3),
-        );
+        let end = match (flow.completed_ms, &flow.failure) {
+            (Some(at), _) => format!("complete at {:.3} s", at as f64 / 1e3),
+            (None, Some(failure)) => format!("failed: {failure}"),
+            (None, None) => "not complete".to_owned(),
+        };
         println!(
             "  flow {index} {}: {}, {end}, {} of {} packets lost, RTT {} us (99 %: {}, least {})",
             flow.cc.name(),

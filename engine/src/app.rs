@@ -320,6 +320,9 @@ impl ShardCx<'_> {
     }
 
     /// Hands at most `bytes_max` bytes of a stream, in order, to `take`, chunk by chunk and without copying.
+    ///
+    /// What arrives behind a gap waits in quinn-proto, which ends the connection (`INTERNAL_ERROR`)
+    /// when a stream has 1024 gaps: see [`read_unordered`](Self::read_unordered).
     pub fn read(
         &mut self,
         conn: ConnId,
@@ -327,11 +330,38 @@ impl ShardCx<'_> {
         bytes_max: usize,
         mut take: impl FnMut(Bytes),
     ) -> ReadOutcome {
+        self.read_chunks(conn, stream, bytes_max, true, |_offset, data| take(data))
+    }
+
+    /// As [`read`](Self::read), but in whatever order data arrived, each chunk with its offset in
+    /// the stream: nothing waits behind a gap, and no number of gaps ends the connection. For
+    /// bulk data on long fat paths, where one overflow of a queue leaves thousands of gaps.
+    ///
+    /// A stream that was read so cannot be read in order any more: [`read`](Self::read) then says
+    /// [`ReadOutcome::Unknown`]. What was taken counts as consumed for flow control, gap or not.
+    pub fn read_unordered(
+        &mut self,
+        conn: ConnId,
+        stream: StreamId,
+        bytes_max: usize,
+        take: impl FnMut(u64, Bytes),
+    ) -> ReadOutcome {
+        self.read_chunks(conn, stream, bytes_max, false, take)
+    }
+
+    fn read_chunks(
+        &mut self,
+        conn: ConnId,
+        stream: StreamId,
+        bytes_max: usize,
+        ordered: bool,
+        mut take: impl FnMut(u64, Bytes),
+    ) -> ReadOutcome {
         let Some(connection) = self.proto.touch_for_read(conn) else {
             return ReadOutcome::Unknown;
         };
         let mut recv = connection.recv_stream(stream);
-        let Ok(mut chunks) = recv.read(true) else { return ReadOutcome::Unknown };
+        let Ok(mut chunks) = recv.read(ordered) else { return ReadOutcome::Unknown };
         let mut left = bytes_max;
         let outcome = loop {
             if left == 0 {
@@ -340,7 +370,7 @@ impl ShardCx<'_> {
             match chunks.next(left) {
                 Ok(Some(chunk)) => {
                     left -= chunk.bytes.len();
-                    take(chunk.bytes);
+                    take(chunk.offset, chunk.bytes);
                 }
                 Ok(None) => break ReadOutcome::Finished,
                 Err(quinn_proto::ReadError::Blocked) => break ReadOutcome::Blocked,

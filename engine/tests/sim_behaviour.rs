@@ -196,6 +196,27 @@ fn downloads_follow_a_changing_link() {
 }
 
 #[test]
+fn a_long_fat_path_with_a_shallow_queue_is_filled() {
+    check("further/long-fat-shallow", |run| {
+        let flow = &run.result.flows[0];
+        // 300 MB take 2.5 s of the link, doubling up to it and filling the gaps as much again.
+        flow.failure.clone().or_else(|| done_by(run, 12_000))
+    });
+}
+
+#[test]
+fn a_faster_link_is_found_in_two_probes() {
+    for seed in 1..=5 {
+        for cc in BOTH {
+            let run = run("further/faster-link", cc, seed);
+            let goodput = goodput_between(&run, 12, 20);
+            let least = 0.90 * 0.945 * 50e6;
+            assert!(goodput >= least, "{} seed {seed}: {goodput:.3e}", cc.name());
+        }
+    }
+}
+
+#[test]
 fn rates_of_hundreds_of_gigabits_do_not_overflow() {
     let mut scenario = scenario("further/four-hundred-gigabit", BOTH[0]);
     scenario.flows[0].bytes = 2_000_000_000;

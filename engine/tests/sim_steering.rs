@@ -2,13 +2,16 @@
 //! held up and hand-over queues overflow: each connection completes or fails with its reason.
 //!
 //! Every run prints its seed. `STOQ_SOAK=200` runs two hundred seeds instead of a few;
-//! `STOQ_SOAK_SEED=17` repeats one.
+//! `STOQ_SOAK_SEED=17` runs one. A seed fixes the stage: link, shards, policy, and what is drawn for its
+//! changes. It does not fix every packet: quinn-proto takes a client's first ID and the length of a
+//! transport parameter from the system's randomness, so a rare failure takes some runs to come back.
 
 #[path = "common/sim.rs"]
 mod sim;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv6Addr, SocketAddrV6};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use quinn_proto::Dir;
@@ -30,6 +33,10 @@ const OUTSIDE: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 0);
 const STEP: Duration = Duration::from_millis(10);
 /// Longest run: every connection that cannot go on is given up before.
 const LIMIT: Duration = Duration::from_secs(120);
+/// After so long without an answer a client gives up.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Moves within that time that explain the silence: one a second, while probes are seconds apart.
+const MOVES_IN_SILENCE: usize = 20;
 
 /// What a seed chose, and what came of it.
 #[derive(Debug)]
@@ -40,11 +47,44 @@ struct Outcome {
     counters: ShardCounters,
 }
 
+struct Client {
+    host: SimHost,
+    log: SharedLog,
+    /// Where it is, and where it began.
+    public: SocketAddrV6,
+    first: SocketAddrV6,
+    /// It moved before its server had finished the handshake, which ends a connection (RFC 9000 §9).
+    moved_early: bool,
+    /// When it moved later.
+    moves: Vec<Duration>,
+}
+
+impl Client {
+    /// Whether this stage may do that to a connection. To one that moved too early: silence, IDs
+    /// that the server no longer knows, an address that differs from the one in its Retry token. To any
+    /// other: silence, where it moved so often that no answer met it for as long as the idle timeout.
+    fn is_explained(&self, reason: &ConnectionError, now: Duration) -> bool {
+        match reason {
+            ConnectionError::AbortedByPeer(text) => {
+                self.moved_early && text.contains("Retry Token")
+            }
+            ConnectionError::HandshakeTimedOut { .. } | ConnectionError::Reset => self.moved_early,
+            ConnectionError::TimedOut => {
+                let silence = now.saturating_sub(IDLE_TIMEOUT + STEP);
+                let moves = self.moves.iter().filter(|at| **at >= silence).count();
+                self.moved_early || moves >= MOVES_IN_SILENCE
+            }
+            _ => false,
+        }
+    }
+}
+
 struct Stage {
     clock: SimClock,
     network: SimNetwork,
     server: SimShards,
-    clients: Vec<(SimHost, SharedLog, SocketAddrV6)>,
+    server_logs: Arc<Mutex<Vec<SharedLog>>>,
+    clients: Vec<Client>,
     rng: StdRng,
     rebindings: u64,
     rotation: u8,
@@ -72,7 +112,13 @@ impl Stage {
             SimHostConfig { config, server: Some(server_tls), client: None, seed: seed * 2 + 1 };
         let port = network.open(SERVER);
         let handoff_datagrams = rng.random_range(4..64);
-        let app = |_| TestApp::new(Plan::default()).0;
+        let server_logs: Arc<Mutex<Vec<SharedLog>>> = Arc::default();
+        let logs = server_logs.clone();
+        let app = move |_| {
+            let (app, log) = TestApp::new(Plan::default());
+            logs.lock().expect("logs").push(log);
+            app
+        };
         let server = SimShards::new(&clock, &network, port, setup, handoff_datagrams, app);
         let clients = (0..CLIENTS)
             .map(|number| {
@@ -82,7 +128,10 @@ impl Stage {
                 let plan = Plan { connect: Some(SERVER), sends: vec![send], ..Plan::default() };
                 let (app, log) = TestApp::new(plan);
                 let setup = SimHostConfig {
-                    config: TransportConfig { idle_timeout_ms: 20_000, ..Default::default() },
+                    config: TransportConfig {
+                        idle_timeout_ms: IDLE_TIMEOUT.as_millis() as u64,
+                        ..Default::default()
+                    },
                     server: None,
                     client: Some(client_tls.clone()),
                     seed: seed * 1000 + number as u64,
@@ -90,13 +139,21 @@ impl Stage {
                 let host = SimHost::new(&clock, network.open(address), setup, app);
                 let host = host.expect("a client");
                 host.send_to_app(Box::new(()));
-                (host, log, address)
+                Client {
+                    host,
+                    log,
+                    public: address,
+                    first: address,
+                    moved_early: false,
+                    moves: Vec::new(),
+                }
             })
             .collect();
         Self {
             clock,
             network,
             server: server.expect("a server"),
+            server_logs,
             clients,
             rng,
             rebindings: 0,
@@ -125,14 +182,23 @@ impl Stage {
         }
     }
 
+    /// Whether the server has finished the handshake with a client that began at `first`.
+    fn is_connected(&self, first: SocketAddrV6) -> bool {
+        let logs = self.server_logs.lock().expect("logs");
+        logs.iter().any(|log| log.lock().expect("log").remotes.contains(&first))
+    }
+
     fn rebind(&mut self, migrate: bool) {
         let number = self.rng.random_range(0..self.clients.len());
         // Before the handshake is over nobody may migrate (RFC 9000 §9); few are that unlucky.
-        let is_connected = self.clients[number].1.lock().expect("log").connected > 0;
-        if !is_connected && self.rng.random_range(0..50) != 0 {
-            return;
+        if !self.is_connected(self.clients[number].first) {
+            if self.rng.random_range(0..50) != 0 {
+                return;
+            }
+            self.clients[number].moved_early = true;
         }
-        let public = &mut self.clients[number].2;
+        self.clients[number].moves.push(self.clock.elapsed());
+        let public = &mut self.clients[number].public;
         self.next_port += 1;
         let host = match migrate {
             // An address that no client has.
@@ -146,8 +212,8 @@ impl Stage {
     }
 
     fn is_over(&self) -> bool {
-        self.clients.iter().all(|(_, log, _)| {
-            let log = log.lock().expect("log");
+        self.clients.iter().all(|client| {
+            let log = client.log.lock().expect("log");
             !log.acknowledged.is_empty() || !log.closed.is_empty()
         })
     }
@@ -158,7 +224,8 @@ impl Stage {
             assert!(until < LIMIT, "neither completed nor failed: {:?}", self.outcome());
             self.disturb();
             let mut nodes: Vec<&mut dyn SimNode> = vec![&mut self.server];
-            nodes.extend(self.clients.iter_mut().map(|(host, ..)| host as &mut dyn SimNode));
+            nodes
+                .extend(self.clients.iter_mut().map(|client| &mut client.host as &mut dyn SimNode));
             run(&mut nodes, &self.network, &self.clock, until);
         }
         self.outcome()
@@ -166,29 +233,18 @@ impl Stage {
 
     fn outcome(&self) -> Outcome {
         let (mut completed, mut failed) = (0, BTreeMap::new());
-        for (_, log, _) in &self.clients {
-            let log = log.lock().expect("log");
+        for client in &self.clients {
+            let log = client.log.lock().expect("log");
             if !log.acknowledged.is_empty() {
                 completed += 1;
             } else if let Some(reason) = log.closed.first() {
-                assert!(is_explained(reason), "no reason of this stage: {reason:?}");
+                let explained = client.is_explained(reason, self.clock.elapsed());
+                assert!(explained, "{}: no reason of this stage: {reason:?}", client.first);
                 *failed.entry(format!("{reason:?}")).or_default() += 1;
             }
         }
         let rebindings = self.rebindings;
         Outcome { completed, failed, rebindings, counters: self.server.counters() }
-    }
-}
-
-/// What this stage may do to a connection: silence for long, IDs that the server no longer knows, an
-/// address that differs from the one in its Retry token.
-fn is_explained(reason: &ConnectionError) -> bool {
-    match reason {
-        ConnectionError::AbortedByPeer(text) => text.contains("Retry Token"),
-        ConnectionError::TimedOut
-        | ConnectionError::HandshakeTimedOut { .. }
-        | ConnectionError::Reset => true,
-        _ => false,
     }
 }
 
@@ -202,7 +258,7 @@ fn soak_of_rebindings_overload_and_full_queues() {
     let mut sum = ShardCounters::default();
     let (mut completed, mut failed, mut rebindings) = (0, 0, 0);
     for seed in &seeds {
-        println!("seed {seed}: STOQ_SOAK_SEED={seed} repeats it");
+        println!("seed {seed}: STOQ_SOAK_SEED={seed} runs this stage again");
         let outcome = Stage::new(*seed).run();
         println!("  {} completed, failed {:?}", outcome.completed, outcome.failed);
         let failures: usize = outcome.failed.values().sum();
@@ -213,8 +269,7 @@ fn soak_of_rebindings_overload_and_full_queues() {
         rebindings += outcome.rebindings;
     }
     println!("{completed} completed, {failed} failed, {rebindings} rebindings; {sum:?}");
-    // A client is connected a round trip before its server, and one that moves in between is lost
-    // (RFC 9000 §9); and where its address changes within every round trip nothing gets back to it.
+    // Each failure was explained above; few clients are made to move early, or too often.
     assert!(completed > 4 * failed, "{failed} of {} failed", completed + failed);
     if seeds.len() > 1 {
         assert!(sum.rx_handed_over > 1000, "nothing was handed over");

@@ -110,7 +110,7 @@ fn section(out: &mut String, workload: &str, rows: &[&Row]) {
                 cell(row.latency_us.map(|us| us.p99), 0),
                 cell(row.latency_us.map(|us| us.p999), 0),
                 row.runs,
-                if row.near || row.runs == 0 { "" } else { " far" },
+                table::kind(row),
                 escape(row.note.as_deref().unwrap_or_default()),
             ),
         );

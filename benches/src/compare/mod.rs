@@ -3,7 +3,8 @@
 //!
 //! Each end of each run is a process of its own, pinned to the same core as everybody's. Rounds
 //! are interleaved: every stack runs once before any runs twice, so that what drifts, drifts for
-//! all. A core-to-core probe brackets each run (see [`probe`]).
+//! all. A core-to-core probe brackets each run (see [`probe`]), and runs whose cores were taken away
+//! are set aside (see [`steal`]).
 
 mod field;
 mod html;
@@ -11,6 +12,7 @@ mod machine;
 mod probe;
 mod program;
 mod stack;
+mod steal;
 mod summary;
 mod table;
 mod workload;
@@ -29,6 +31,7 @@ use self::field::{Field, LinkKind};
 use self::machine::Machine;
 use self::program::Program;
 use self::stack::{LEFT_OUT, PEERS, Place, Stack};
+use self::steal::Watch;
 use self::summary::{Ending, Record, Row};
 use self::workload::Task;
 use crate::{interrupt, netns, output, proc};
@@ -137,7 +140,7 @@ impl Report {
         let wire = if self.wire { ", packets one by one" } else { "" };
         format!(
             "Link {}, {mtu}{wire}; {} rounds of {} s, interleaved; client on core {}, server on core {}; \
-             near: below {} ns from core to core. \
+             near: below {} ns from core to core; stolen: the hypervisor took a core away. \
              `STOQ is`: the best STOQ datapath's median over this one's.",
             self.link, self.rounds, self.seconds, self.cores[0], self.cores[1], self.near_ns
         )
@@ -247,6 +250,7 @@ impl Comparison {
     ) -> anyhow::Result<Record> {
         interrupt::check()?;
         let before = probe::core_to_core_ns(self.cores)?;
+        let watch = Watch::start(self.cores);
         let ending = match self.once(args, task, stack) {
             Ok(ending) => ending,
             Err(error) => {
@@ -254,6 +258,7 @@ impl Comparison {
                 Ending::Failed(format!("{error:#}"))
             }
         };
+        let stolen_share = watch.stolen_share();
         let after = probe::core_to_core_ns(self.cores)?;
         Ok(Record {
             workload: task.name.to_owned(),
@@ -263,6 +268,7 @@ impl Comparison {
             round,
             probe_ns: [before, after],
             near: [before, after].iter().all(|ns| ns.is_some_and(|ns| ns < args.near_ns)),
+            stolen_share,
             ending,
         })
     }
@@ -428,8 +434,14 @@ fn tell(record: &Record, number: usize, total: usize) {
         .probe_ns
         .map(|ns| ns.map_or_else(|| "no reading".to_owned(), |ns| format!("{ns:.0} ns")));
     let near = if record.near { "near" } else { "far" };
+    let stolen = match record.stolen_share {
+        Some(share) if record.is_disturbed() => {
+            format!("; a core was away for {:.0} %", share * 100.0)
+        }
+        _ => String::new(),
+    };
     eprintln!(
-        "[{number}/{total}] round {} {:<12} {:<14} {result}  ({near}: {before}, {after})",
+        "[{number}/{total}] round {} {:<12} {:<14} {result}  ({near}: {before}, {after}{stolen})",
         record.round, record.workload, record.stack
     );
 }

@@ -1,9 +1,10 @@
-//! From runs to rows: medians, spread, ratios; near and far runs told apart.
+//! From runs to rows: medians, spread, ratios; near, far and disturbed runs told apart.
 
 use serde::Serialize;
 use stoq_measure::latency::LatencyUs;
 use stoq_measure::outcome::Outcome;
 
+use super::steal;
 use super::workload::Unit;
 
 /// What became of a run.
@@ -35,8 +36,27 @@ pub struct Record {
     pub probe_ns: [Option<f64>; 2],
     /// Whether the cores were near each other before and after.
     pub near: bool,
+    /// The largest share of the run that one of its cores was taken away for; `None`: not known.
+    pub stolen_share: Option<f64>,
     /// How it ended.
     pub ending: Ending,
+}
+
+impl Record {
+    /// Whether its cores were taken away for longer than a measurement bears.
+    #[must_use]
+    pub fn is_disturbed(&self) -> bool {
+        steal::is_disturbed(self.stolen_share)
+    }
+
+    /// The higher, the sooner it counts: near before far, both before disturbed.
+    fn rank(&self) -> u8 {
+        match (self.is_disturbed(), self.near) {
+            (false, true) => 2,
+            (false, false) => 1,
+            (true, _) => 0,
+        }
+    }
 }
 
 /// Median and extremes.
@@ -65,6 +85,10 @@ pub struct Row {
     pub runs: usize,
     /// Whether they are near runs; else there were none, and the far ones count.
     pub near: bool,
+    /// Measured runs that were set aside because a core was taken away.
+    pub disturbed: usize,
+    /// Whether every measured run was disturbed, so that those count.
+    pub all_disturbed: bool,
     /// Rates; `None` when no run was measured.
     pub rate: Option<Spread>,
     /// CPU seconds of both ends for each 10⁹ bytes.
@@ -132,16 +156,18 @@ pub fn rows(records: &[Record]) -> Vec<Row> {
 
 /// The row of at least one record of the same workload and stack.
 fn row(records: &[&Record]) -> Row {
-    let done: Vec<(&Outcome, bool)> = records
+    let done: Vec<(&Outcome, u8)> = records
         .iter()
         .filter_map(|record| match &record.ending {
-            Ending::Done(outcome) => Some((outcome.as_ref(), record.near)),
+            Ending::Done(outcome) => Some((outcome.as_ref(), record.rank())),
             _ => None,
         })
         .collect();
-    let near = done.iter().any(|(_, near)| *near);
+    let best = done.iter().map(|(_, rank)| *rank).max();
     let counted: Vec<&Outcome> =
-        done.iter().filter(|(_, is_near)| *is_near == near).map(|(outcome, _)| *outcome).collect();
+        done.iter().filter(|(_, rank)| Some(*rank) == best).map(|(outcome, _)| *outcome).collect();
+    let disturbed = done.iter().filter(|(_, rank)| *rank == 0).count();
+    let all_disturbed = best == Some(0);
     let unit = records[0].unit;
     let rate = |outcome: &&Outcome| match unit {
         Unit::GoodputBps => outcome.goodput_bps,
@@ -161,7 +187,9 @@ fn row(records: &[&Record]) -> Row {
         stack: records[0].stack.clone(),
         is_stoq: records[0].is_stoq,
         runs: counted.len(),
-        near,
+        near: best == Some(2),
+        disturbed: if all_disturbed { 0 } else { disturbed },
+        all_disturbed,
         rate: spread(&counted.iter().map(rate).collect::<Vec<_>>()),
         cpu_s_per_gb: median(counted.iter().filter_map(|outcome| outcome.cpu_s_per_gb())),
         latency_us,
@@ -213,6 +241,7 @@ pub mod tests {
             round,
             probe_ns: [Some(40.0), Some(41.0)],
             near,
+            stolen_share: Some(0.0),
             ending: Ending::Done(serde_json::from_value(outcome).expect("an outcome")),
         }
     }
@@ -250,6 +279,19 @@ pub mod tests {
         assert_eq!((rows[0].runs, rows[0].near), (1, true));
         assert_eq!(rows[0].rate.expect("measured").median, 10e9);
         assert_eq!((rows[1].runs, rows[1].near), (1, false));
+    }
+
+    #[test]
+    fn disturbed_runs_count_only_where_there_are_no_others() {
+        let stolen =
+            |round, bps| Record { stolen_share: Some(0.4), ..record("quinn", round, bps, true) };
+        let rows_of = |records: &[Record]| rows(records).remove(0);
+        let row = rows_of(&[stolen(1, 1e6), record("quinn", 2, 5e9, false), stolen(3, 2e6)]);
+        assert_eq!((row.runs, row.near, row.disturbed, row.all_disturbed), (1, false, 2, false));
+        assert_eq!(row.rate.expect("measured").median, 5e9);
+        let row = rows_of(&[stolen(1, 1e6), stolen(2, 3e6)]);
+        assert_eq!((row.runs, row.near, row.disturbed, row.all_disturbed), (2, false, 0, true));
+        assert_eq!(row.rate.expect("measured").median, 2e6);
     }
 
     #[test]

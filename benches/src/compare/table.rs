@@ -44,10 +44,25 @@ pub fn markdown(rows: &[Row]) -> String {
     text
 }
 
+/// What kind of runs a row counts, and how many it does not.
+#[must_use]
+pub fn kind(row: &Row) -> String {
+    let kind = match row {
+        Row { runs: 0, .. } => "",
+        Row { all_disturbed: true, .. } => " stolen",
+        Row { near: true, .. } => "",
+        _ => " far",
+    };
+    match row.disturbed {
+        0 => kind.to_owned(),
+        disturbed => format!("{kind}, {disturbed} stolen set aside"),
+    }
+}
+
 fn line(row: &Row) -> String {
     let dash = || "–".to_owned();
     let note = row.note.as_ref().map_or_else(String::new, |note| format!(" {note}"));
-    let far = if row.near || row.runs == 0 { "" } else { " far" };
+    let far = kind(row);
     format!(
         "| {} | {} | {} | {} | {} | {} | {} | {}{far}{note} |",
         row.stack,
@@ -84,6 +99,15 @@ mod tests {
             "| stoq socket | 11.00 Gbit/s | 10.00 – 12.00 | 1.00 × | 1.00 | 1 / 2 / 3 | 1452 | 2 |"
         );
         assert!(lines[6].contains("| 2.00 × |") && lines[6].ends_with("| 1 far |"), "{}", lines[6]);
+    }
+
+    #[test]
+    fn stolen_runs_are_told() {
+        let mut stolen = record("quinn", 1, 1e6, true);
+        stolen.stolen_share = Some(0.5);
+        let text = markdown(&rows(&[stolen.clone(), record("quinn", 2, 5e9, true)]));
+        assert!(text.trim_end().ends_with("| 1, 1 stolen set aside |"), "{text}");
+        assert!(markdown(&rows(&[stolen])).trim_end().ends_with("| 1 stolen |"));
     }
 
     #[test]

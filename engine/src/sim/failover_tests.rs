@@ -201,7 +201,7 @@ fn a_transfer_survives_every_swap() {
         let mut other = SimHost::new(&clock, server_port, setup, app(false, None)).expect("a host");
         let mut nodes: [&mut dyn SimNode; 2] = [&mut flaky, &mut other];
         let limit = Duration::from_secs(60);
-        let mut proceed = || progress.completed_at().is_none() && !progress.has_failed();
+        let mut proceed = || progress.completed_at().is_none() && progress.failure().is_none();
         run_while(&mut nodes, &network, &clock, limit, &mut proceed);
         assert_eq!(progress.received_bytes(), 4_000_000, "seed {seed}: all, after {limit:?}");
         let counters = flaky.shard.datapath().counters();

@@ -96,8 +96,9 @@ pub fn run_scenario(scenario: &Scenario, seed: u64) -> Result<ScenarioRun, RunEr
     }
     let progress: Vec<_> = ends.iter().map(|(sender, _)| sender.progress.clone()).collect();
     let totals: Vec<_> = scenario.flows.iter().map(FlowSpec::total_bytes).collect();
-    let is_over =
-        |progress: &Progress, total| progress.received_bytes() >= total || progress.has_failed();
+    let is_over = |progress: &Progress, total| {
+        progress.received_bytes() >= total || progress.failure().is_some()
+    };
     let mut proceed = || !progress.iter().zip(&totals).all(|(flow, &total)| is_over(flow, total));
     let mut nodes: Vec<&mut dyn SimNode> = Vec::with_capacity(2 * ends.len());
     for (sender, receiver) in &mut ends {
@@ -379,6 +380,7 @@ impl SenderNode {
             cwnd_bytes: stats.cwnd_bytes,
             inflight_hi_bytes: stats.inflight_hi_bytes,
             states: self.states.clone(),
+            failure: self.progress.failure().map(str::to_owned),
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::any::Any;
 use std::net::SocketAddrV6;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -23,7 +23,8 @@ pub(super) struct Progress {
     received_bytes: AtomicU64,
     /// Virtual nanoseconds, plus one.
     completed_ns: AtomicU64,
-    failed: AtomicBool,
+    /// Why the flow cannot go on.
+    failure: OnceLock<String>,
 }
 
 impl Progress {
@@ -36,8 +37,14 @@ impl Progress {
         self.completed_ns.load(Relaxed).checked_sub(1).map(Duration::from_nanos)
     }
 
-    pub(super) fn has_failed(&self) -> bool {
-        self.failed.load(Relaxed)
+    /// Why the flow ended before its last byte, if it did.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// The first reason is the one that counts: the rest follows from it.
+    fn fail(&self, reason: impl FnOnce() -> String) {
+        self.failure.get_or_init(reason);
     }
 }
 
@@ -130,8 +137,8 @@ impl Workload {
             match cx.write(conn, self.streams[index], &mut [self.block.slice(..len)]) {
                 WriteOutcome::Written(bytes) => self.pending[index] -= bytes as u64,
                 WriteOutcome::Blocked => return,
-                WriteOutcome::Stopped(_) | WriteOutcome::Unknown => {
-                    self.progress.failed.store(true, Relaxed);
+                outcome @ (WriteOutcome::Stopped(_) | WriteOutcome::Unknown) => {
+                    self.progress.fail(|| format!("the stream takes no data: {outcome:?}"));
                     return;
                 }
             }
@@ -146,9 +153,9 @@ impl Workload {
 impl ShardApp for Workload {
     fn handle_message(&mut self, cx: &mut ShardCx<'_>, _start: Box<dyn Any + Send>) {
         if let Some(remote) = self.remote
-            && cx.connect(remote, super::runner::SERVER_NAME).is_err()
+            && let Err(error) = cx.connect(remote, super::runner::SERVER_NAME)
         {
-            self.progress.failed.store(true, Relaxed);
+            self.progress.fail(|| format!("connecting failed: {error}"));
         }
     }
 
@@ -192,7 +199,9 @@ impl ShardApp for Workload {
 
     fn handle_readable(&mut self, cx: &mut ShardCx<'_>, conn: ConnId, stream: StreamId) {
         let mut bytes = 0;
-        cx.read(conn, stream, usize::MAX, |data| bytes += data.len() as u64);
+        // In any order: an overflow of the queue of a long fat path leaves more gaps than
+        // quinn-proto keeps for a reader that wants them filled first.
+        cx.read_unordered(conn, stream, usize::MAX, |_offset, data| bytes += data.len() as u64);
         let total = self.progress.received_bytes() + bytes;
         self.progress.received_bytes.store(total, Relaxed);
         if total >= self.spec.total_bytes() && self.progress.completed_at().is_none() {
@@ -201,7 +210,7 @@ impl ShardApp for Workload {
         }
     }
 
-    fn handle_closed(&mut self, _cx: &mut ShardCx<'_>, _conn: ConnId, _reason: &ConnectionError) {
-        self.progress.failed.store(true, Relaxed);
+    fn handle_closed(&mut self, _cx: &mut ShardCx<'_>, _conn: ConnId, reason: &ConnectionError) {
+        self.progress.fail(|| format!("the connection was lost: {reason}"));
     }
 }

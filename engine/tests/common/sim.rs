@@ -28,6 +28,8 @@ pub const SERVER: SocketAddrV6 = SocketAddrV6::new(SERVER_HOST, 4433, 0, 0);
 #[derive(Debug, Default)]
 pub struct Log {
     pub connected: u64,
+    /// The peers' addresses when they were connected.
+    pub remotes: Vec<SocketAddrV6>,
     pub closed: Vec<ConnectionError>,
     pub received: BTreeMap<StreamId, Vec<u8>>,
     pub received_bytes: u64,
@@ -63,6 +65,8 @@ pub struct Plan {
     pub server_name: Option<String>,
     /// Keep the received bytes (else only count them).
     pub keep: bool,
+    /// Read in whatever order data arrives.
+    pub unordered: bool,
     /// Never read.
     pub stall: bool,
     /// Close after this much has been received.
@@ -170,6 +174,7 @@ impl ShardApp for TestApp {
         {
             let mut log = self.log.lock().expect("log");
             log.connected += 1;
+            log.remotes.extend(cx.remote(conn));
             self.conns.push(conn);
             log.alpn = cx.alpn(conn);
         }
@@ -205,12 +210,20 @@ impl ShardApp for TestApp {
         let log = self.log.clone();
         let mut log = log.lock().expect("log");
         let keep = self.plan.keep;
-        let outcome = cx.read(conn, stream, usize::MAX, |data| {
+        let mut take = |offset: Option<u64>, data: Bytes| {
             log.received_bytes += data.len() as u64;
             if keep {
-                log.received.entry(stream).or_default().extend_from_slice(&data);
+                let received = log.received.entry(stream).or_default();
+                let from = offset.map_or(received.len(), |offset| offset as usize);
+                received.resize(received.len().max(from + data.len()), 0);
+                received[from..from + data.len()].copy_from_slice(&data);
             }
-        });
+        };
+        let outcome = if self.plan.unordered {
+            cx.read_unordered(conn, stream, usize::MAX, |offset, data| take(Some(offset), data))
+        } else {
+            cx.read(conn, stream, usize::MAX, |data| take(None, data))
+        };
         match outcome {
             ReadOutcome::Finished => log.finished_reading.push(stream),
             ReadOutcome::Reset(code) => log.resets.push((stream, code)),

@@ -42,7 +42,8 @@ pub struct FlowResult {
     pub cc: CongestionControlName,
     /// When it started, in virtual time.
     pub start_ms: u64,
-    /// When its last byte was received; `None` when the time limit came first.
+    /// When its last byte was received; `None` when the time limit or a [failure](Self::failure)
+    /// came first.
     pub completed_ms: Option<u64>,
     /// Stream bytes received.
     pub bytes: u64,
@@ -70,6 +71,8 @@ pub struct FlowResult {
     pub inflight_hi_bytes: Option<u64>,
     /// The controller's states and when each was entered, in virtual milliseconds.
     pub states: Vec<(u64, String)>,
+    /// Why the flow ended before its last byte; `None` unless its connection failed.
+    pub failure: Option<String>,
 }
 
 impl FlowResult {
@@ -145,6 +148,7 @@ mod tests {
             cwnd_bytes: 8,
             inflight_hi_bytes: None,
             states: vec![(12, "Startup".to_owned())],
+            failure: None,
         };
         let result = ScenarioResult {
             name: "keys".to_owned(),

@@ -372,10 +372,13 @@ impl Bbr {
             return false;
         }
         let elapsed = now_ns > self.cycle.stamp_ns.saturating_add(self.min_rtt.min_rtt_ns);
-        // Within a packet: on a tiny path the target is the window itself, which
-        // in-flight touches but never passes.
         let target = self.inflight_for(self.max_bw.max(), self.params.probe_up_pacing_gain_milli);
-        elapsed && in_flight + self.smss > target
+        // On a tiny path the target is the window itself, which in-flight touches but never
+        // passes: within a packet. Elsewhere it passes when a queue has grown. A link that has
+        // become faster has 1.25 BDP in flight without one: were the packet, or what this ACK
+        // freed, to count there too, each probe would end before the first sample of its rate.
+        let reached = if self.is_cwnd_limited() { in_flight + self.smss } else { self.in_flight() };
+        elapsed && reached > target
     }
 
     /// `InflightWithHeadroom`.
