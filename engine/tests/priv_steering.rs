@@ -358,6 +358,11 @@ fn forgeries_reach_nobody_over_sockets() {
 }
 
 #[test]
+fn forgeries_reach_nobody_over_io_uring() {
+    forgeries_reach_nobody("forgeries_reach_nobody_over_io_uring", DatapathChoice::IoUring, 4);
+}
+
+#[test]
 fn forgeries_reach_nobody_over_af_xdp() {
     forgeries_reach_nobody("forgeries_reach_nobody_over_af_xdp", DatapathChoice::AfXdp, 2);
 }

@@ -124,7 +124,8 @@ fn inside(end: &End, command: &Command) -> Command {
 /// Switches off what carries many packets as one: each crosses alone, as on a wire.
 fn one_by_one(end: &End) -> anyhow::Result<()> {
     let ethtool = proc::find_program("ethtool").context("--wire needs ethtool")?;
-    for feature in ["tso", "gso", "gro"] {
+    // `gso` speaks of the kernel's software: a veth passes UDP batches whole by a feature of its own.
+    for feature in ["tso", "gso", "gro", "tx-udp-segmentation"] {
         proc::output(end.command(&ethtool).args(["-K", &end.interface, feature, "off"]))
             .with_context(|| format!("cannot switch {feature} off"))?;
     }
