@@ -1,6 +1,6 @@
 //! The committed scenarios over many seeds, for both versions of BBR, as one table.
 //!
-//! A file whose name ends in that of a congestion control runs as it is; in the others every flow
+//! A file whose name ends in the congestion control of all its flows runs as it is; in the others every flow
 //! of BBR becomes the one, then the other version. Each cell says what held for all seeds: the
 //! least and the most.
 
@@ -67,7 +67,7 @@ fn rows_of(path: &Path) -> anyhow::Result<Vec<Row>> {
     let scenario = Scenario::parse(&text).with_context(|| shown.to_string())?;
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let is_fixed =
-        CongestionControlName::ALL.iter().any(|cc| name.ends_with(&format!("-{}", cc.name())));
+        scenario.flows.iter().all(|flow| name.ends_with(&format!("-{}", flow.cc.name())));
     let row = |scenario: Scenario| {
         let mut controls: Vec<_> = scenario.flows.iter().map(|flow| flow.cc.name()).collect();
         let flows = controls.len();
