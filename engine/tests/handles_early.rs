@@ -6,6 +6,7 @@
 mod pair;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join;
@@ -17,6 +18,10 @@ use stoq::config::TransportConfig;
 use stoq::connection::Connection;
 use stoq::engine::{Connecting, Engine};
 use stoq::error::{ConnectionError, ReadError, ResetError, WriteError};
+
+/// How long early data has to leave before the server accepts the client: data that is written when
+/// the handshake has ended is not early any more. Shorter than the client's first PTO.
+const EARLY_HEAD_START: Duration = Duration::from_millis(300);
 
 struct Early {
     identity: Arc<RotatingIdentity>,
@@ -147,9 +152,13 @@ fn early_data_is_read_before_the_handshake_ends_and_marked() {
         let Ok((client, accepted)) = early.connect().into_0rtt().await else {
             panic!("a session is remembered")
         };
+        let (mut send, mut recv) = client.open_bi().await.unwrap();
+        send.write_all(b"early").await.unwrap();
+        send.finish().unwrap();
+        // Nobody has accepted the client yet, so its handshake cannot end before this has left.
+        std::thread::sleep(EARLY_HEAD_START);
         let asking = async {
-            let first = ask(&client, b"early").await.unwrap();
-            assert_eq!(first, b"early");
+            assert_eq!(recv.read_to_end(100).await.unwrap(), b"early");
             assert!(accepted.await, "the server took it");
             // Opened after the handshake: not early any more.
             assert_eq!(ask(&client, b"late").await.unwrap(), b"late");
@@ -181,12 +190,16 @@ fn a_server_that_waits_for_the_handshake_is_told_too() {
         let Ok((client, accepted)) = early.connect().into_0rtt().await else {
             panic!("a session is remembered")
         };
+        let (mut send, mut recv) = client.open_bi().await.unwrap();
+        send.write_all(b"early").await.unwrap();
+        send.finish().unwrap();
+        std::thread::sleep(EARLY_HEAD_START);
         let answering = async {
             let server = early.server.accept().await.unwrap().accept().await.unwrap();
             assert!(answer(&server).await);
             server
         };
-        let (answered, _server) = join(ask(&client, b"early"), answering).await;
+        let (answered, _server) = join(recv.read_to_end(100), answering).await;
         assert_eq!(answered.unwrap(), b"early");
         assert!(accepted.await);
     });
