@@ -6,6 +6,7 @@
 
 mod demos;
 pub(crate) mod executables;
+mod failures;
 mod matrix;
 mod steps;
 pub(crate) mod tally;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use self::executables::Executable;
+use self::failures::Failure;
 use self::matrix::Matrix;
 pub(crate) use self::steps::rust_sources;
 use self::steps::{STEPS, Step};
@@ -81,6 +83,7 @@ struct Row {
     tally: Tally,
     verdict: Verdict,
     time: Duration,
+    failures: Vec<Failure>,
 }
 
 enum Verdict {
@@ -158,7 +161,8 @@ fn step_log(workspace: &Workspace, step: &Step) -> PathBuf {
 }
 
 fn run_step(context: &mut Context, step: &Step, args: &TestArgs) -> Result<Row> {
-    let row = |tally, verdict, time| Row { name: step.name, tally, verdict, time };
+    let row =
+        |tally, verdict, time| Row { name: step.name, tally, verdict, time, failures: Vec::new() };
     if let Some(why) = (step.absent)(&context.workspace) {
         return Ok(row(Tally::default(), Verdict::Absent(why), Duration::ZERO));
     }
@@ -191,19 +195,26 @@ fn run_step(context: &mut Context, step: &Step, args: &TestArgs) -> Result<Row> 
             (Tally::one(false), Verdict::Failed)
         }
     };
-    let row = row(tally, verdict, time);
+    let mut row = row(tally, verdict, time);
     let line = row.text(&context.terminal);
     context.terminal.line(&line);
     if matches!(row.verdict, Verdict::Failed) {
-        show_failure(&mut context.terminal, &log);
+        row.failures = failures::of_log(&read_log(&log)?);
+        show_failure(&mut context.terminal, &row, &log);
     }
     Ok(row)
 }
 
-fn show_failure(terminal: &mut Terminal, log: &std::path::Path) {
-    let tail = proc::tail(log, TAIL_LINES).unwrap_or_else(|error| format!("{error:#}"));
-    for line in tail.lines() {
-        terminal.line(&format!("    | {line}"));
+/// What failed in a step: its test cases, and the end of its log where no case says why.
+fn show_failure(terminal: &mut Terminal, row: &Row, log: &std::path::Path) {
+    for line in failures::lines(row.name, &row.failures) {
+        terminal.line(&line);
+    }
+    if row.failures.iter().all(|failure| failure.said.is_empty()) {
+        let tail = proc::tail(log, TAIL_LINES).unwrap_or_else(|error| format!("{error:#}"));
+        for line in tail.lines() {
+            terminal.line(&format!("    | {line}"));
+        }
     }
     terminal.line(&format!("    whole log: {}", log.display()));
 }
@@ -260,6 +271,12 @@ fn finish(terminal: &mut Terminal, rows: &[Row], matrix: &Matrix, args: &TestArg
         .map(|row| row.name)
         .collect();
     if !failed.is_empty() {
+        terminal.line("");
+        for row in rows {
+            for line in failures::lines(row.name, &row.failures) {
+                terminal.line(&line);
+            }
+        }
         terminal.line(&terminal.paint(Tone::Bad, &format!("failed: {}", failed.join(", "))));
     } else if total.passed == 0 {
         terminal.line(&terminal.paint(Tone::Bad, "no test case ran"));
