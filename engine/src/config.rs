@@ -61,6 +61,8 @@ pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
 /// Steps of handshakes, up to 150 µs each, that received datagrams cause in one turn at most, and
 /// likewise datagrams of other shards and commands of either kind; what came behind them waits.
 pub const HANDSHAKE_STEPS_MAX: usize = 3;
+/// Connections whose statistics one turn publishes for handles at most.
+pub const STATS_PUBLISHED_PER_TURN_MAX: usize = 64;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
 /// Entries of the timer wheel that one turn expires or moves at most.

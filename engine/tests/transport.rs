@@ -99,12 +99,14 @@ impl Both {
 /// Runs a future for at most twenty seconds.
 fn wait<T>(future: impl Future<Output = T>) -> T {
     let (done, watch) = std::sync::mpsc::channel::<()>();
+    let test = std::thread::current().name().unwrap_or("unnamed").to_owned();
     let watchdog = std::thread::spawn(move || {
         if watch
             .recv_timeout(Duration::from_secs(20))
             .is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout)
         {
-            eprintln!("a future did not end within 20 s");
+            // Past the capture, which an abort would take along.
+            let _ = writeln!(std::io::stderr(), "a future did not end within 20 s: {test}");
             std::process::abort();
         }
     });
@@ -152,6 +154,7 @@ fn messages_of_every_size_go_both_ways() {
     assert!(shard.rx_batch_average >= 1.0 && shard.tx_batch_average >= 1.0);
     assert!(shard.mailbox_wait.samples > 0);
     until("publication", || here.stats().delivery_rate_bps > 0);
+    until("the last acknowledgement is published", || here.stats().inflight_bytes == 0);
     assert!(here.stats().latest_rtt > Duration::ZERO);
 }
 
@@ -287,7 +290,8 @@ fn a_peer_that_comes_back_is_connected_again_and_told_as_events() {
 
 #[test]
 fn peers_that_do_not_answer_open_the_circuit() {
-    let pool = "handshake_timeout_ms = 100\n[pool]\nreconnect_base_ms = 1\ncircuit_failures = 2\n";
+    // Long enough for the handshake at the end on a machine that stalls.
+    let pool = "handshake_timeout_ms = 1000\n[pool]\nreconnect_base_ms = 1\ncircuit_failures = 2\n";
     let both = Both::new("circuit", "", pool);
     // Bound and deaf.
     let deaf = std::net::UdpSocket::bind("[::1]:0").expect("a socket");
@@ -296,13 +300,12 @@ fn peers_that_do_not_answer_open_the_circuit() {
     let nobody = PeerEndpoint::new(remote, "server.test");
     for _ in 0..2 {
         let error = wait(both.client.connect(&nobody)).expect_err("nobody answers");
-        let timed_out = ConnectionError::HandshakeTimedOut { remote, timeout_ms: 100 };
+        let timed_out = ConnectionError::HandshakeTimedOut { remote, timeout_ms: 1000 };
         assert_eq!(error, CheckoutError::Connect(timed_out));
     }
-    let start = Instant::now();
     let error = wait(both.client.connect(&nobody)).expect_err("refused");
     assert!(matches!(error, CheckoutError::CircuitOpen { failures: 2, .. }), "{error}");
-    assert!(start.elapsed() < Duration::from_millis(90), "at once");
+    until("two attempts, no third", || both.client.stats().connections_total == 2);
     both.connect();
 }
 
