@@ -3,6 +3,7 @@
 mod attempt;
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::net::SocketAddrV6;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -150,7 +151,8 @@ impl Builder {
     }
 
     /// Runs this application on every shard; `make` is called once per shard with its number.
-    /// Clients that knock go to it instead of [`Engine::accept`].
+    /// Clients that knock go to it instead of [`Engine::accept`]. A panic in `make` comes out of
+    /// [`start`](Self::start), with nothing left running.
     #[must_use]
     pub fn app<A: ShardApp>(mut self, mut make: impl FnMut(usize) -> A + Send + 'static) -> Self {
         self.app = Some(Box::new(move |shard| Box::new(make(shard))));
@@ -235,6 +237,8 @@ impl Builder {
             .map(|_| Mailbox::new(config.mailbox_capacity))
             .collect::<std::io::Result<_>>()
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
+        // Before any thread: a panic in the application's constructor leaves nothing running.
+        let apps = app.map(|mut make| (0..config.shards).map(&mut make).collect());
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
             siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
@@ -242,7 +246,7 @@ impl Builder {
             config: Arc::new(config),
             certificates,
             identity,
-            app,
+            apps,
             seal_provider,
             node: placement.node,
             threads: Vec::new(),
@@ -267,7 +271,8 @@ struct Starter {
     siblings: Siblings,
     config: Arc<TransportConfig>,
     identity: QuicIdentity,
-    app: Option<AppFactory>,
+    /// Of the shards that are still to be started, in their order.
+    apps: Option<VecDeque<Box<dyn ShardApp>>>,
     seal_provider: Option<Arc<dyn SealProvider>>,
     cores: Vec<Option<core_affinity::CoreId>>,
     threads: Vec<JoinHandle<()>>,
@@ -380,7 +385,7 @@ impl Starter {
             mtu_bytes: datapath.max_udp_payload(&probe),
             seed,
         };
-        let app = self.app.as_mut().map(|make| make(shard));
+        let app = self.apps.as_mut().and_then(VecDeque::pop_front);
         let shared = self.shared.clone();
         let siblings = self.siblings.clone();
         let seal_provider = self.seal_provider.clone();

@@ -28,7 +28,8 @@ pub struct EndUse {
 pub struct Outcome {
     /// Always `done`.
     pub event: String,
-    /// What was done: `upload`, `download`, `bidi`, `requests`, `handshakes`, `datagrams`, `raw`.
+    /// What was done: `upload`, `download`, `bidi`, `requests`, `handshakes`, `handshakes-resumed`,
+    /// `datagrams`, `idle`, `raw`.
     pub workload: String,
     /// By whom.
     pub stack: String,

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::Report;
+use super::goals::{Goal, Mark};
 use super::summary::Row;
 use super::table;
 use super::workload::Unit;
@@ -21,7 +22,9 @@ const COLOURS: [&str; 8] =
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;\
     padding:0 1rem}table{border-collapse:collapse;width:100%;font-size:14px}td,th{border-bottom:\
     1px solid #ccc;padding:.2rem .5rem;text-align:right}td:first-child,th:first-child{text-align:\
-    left}svg{max-width:100%;height:auto}text{font:13px system-ui,sans-serif}.stoq{font-weight:600}";
+    left}svg{max-width:100%;height:auto}text{font:13px system-ui,sans-serif}.stoq{font-weight:600}\
+    .goals td{text-align:left;vertical-align:top}.reached{color:#006b4e}.missed{color:#b04a00;font-weight:\
+    600}.not-measured{color:#666}";
 
 /// Text as HTML shows it.
 fn escape(text: &str) -> String {
@@ -61,6 +64,7 @@ pub fn page(report: &Report) -> String {
         let pretty = serde_json::to_string_pretty(doctor).unwrap_or_else(|error| error.to_string());
         add(&mut out, format_args!("<h2>Doctor</h2><pre>{}</pre>\n", escape(&pretty)));
     }
+    goals(&mut out, &report.goals);
     out.push_str("</body></html>\n");
     out
 }
@@ -70,11 +74,49 @@ fn add(out: &mut String, text: std::fmt::Arguments<'_>) {
     let _infallible = out.write_fmt(text);
 }
 
+/// What is to be reached, row by row.
+fn goals(out: &mut String, goals: &[Goal]) {
+    out.push_str(
+        "<h2>Goals</h2>\n<table class=\"goals\"><tr><th>workload</th><th>STOQ here</th>\
+         <th>must reach</th><th>aim</th></tr>\n",
+    );
+    for goal in goals {
+        let marks = |marks: &[Mark]| {
+            let cells: Vec<String> = marks
+                .iter()
+                .map(|mark| {
+                    let (class, text) = (mark.verdict.word(), escape(&mark.to_string()));
+                    format!("<span class=\"{}\">{text}</span>", class.replace(' ', "-"))
+                })
+                .collect();
+            cells.join("<br>")
+        };
+        let note = goal
+            .note()
+            .map_or_else(String::new, |note| format!("<br><small>{}</small>", escape(&note)));
+        add(
+            out,
+            format_args!(
+                "<tr><td>{}</td><td>{}{note}</td><td>{}</td><td>{}</td></tr>\n",
+                escape(goal.what),
+                escape(goal.measured.as_deref().unwrap_or("–")),
+                marks(&goal.must),
+                marks(&goal.aim),
+            ),
+        );
+    }
+    out.push_str("</table>\n");
+}
+
 fn section(out: &mut String, workload: &str, rows: &[&Row]) {
     add(out, format_args!("<h2>{}</h2>\n", escape(workload)));
     let unit = rows[0].unit;
     let rates = |row: &Row| row.rate.map(|rate| rate.median);
-    let what = if unit == Unit::GoodputBps { "Goodput" } else { "Operations a second" };
+    let what = match unit {
+        Unit::GoodputBps => "Goodput",
+        Unit::OpsPerS => "Operations a second",
+        Unit::BytesPerConnection => "Server's memory for each connection (less is better)",
+    };
     bars(out, what, rows, rates, |value| table::rate(unit, value));
     if unit == Unit::GoodputBps {
         let what = "CPU seconds of both ends per GB (less is better)";
@@ -105,7 +147,7 @@ fn section(out: &mut String, workload: &str, rows: &[&Row]) {
                 rate(row.rate.map(|spread| spread.min)),
                 rate(row.rate.map(|spread| spread.max)),
                 cell(row.stoq_is, 2),
-                cell(row.cpu_s_per_gb, 2),
+                table::cpu(row).unwrap_or_else(|| "–".to_owned()),
                 cell(row.latency_us.map(|us| us.p50), 0),
                 cell(row.latency_us.map(|us| us.p99), 0),
                 cell(row.latency_us.map(|us| us.p999), 0),
@@ -246,6 +288,10 @@ mod tests {
         assert!(page.contains("<svg") && page.contains("<polyline"), "{page}");
         assert!(page.contains("Linux") && page.contains("10.00 Gbit/s"), "{page}");
         assert!(page.contains("a&lt;b") && !page.contains("a<b"), "{page}");
+        assert!(
+            page.contains("<h2>Goals</h2>") && page.contains("class=\"not-measured\""),
+            "{page}"
+        );
         for outside in ["http:", "https:", "src=", "@import", "<script", "<link"] {
             assert!(!page.contains(outside), "{outside}");
         }
