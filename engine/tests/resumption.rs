@@ -258,6 +258,61 @@ async fn answer(connection: &Connection) -> bool {
     recv.is_0rtt()
 }
 
+/// A ticket of one shard is good at every other, early data included.
+#[test]
+fn early_data_is_taken_by_whichever_shard_it_comes_to() {
+    const VISITS: usize = 12;
+    let _watchdog = Watchdog::new("early_data_is_taken_by_whichever_shard_it_comes_to");
+    let tls = ServerTls::builder()
+        .identity_self_signed(names())
+        .alpn(["stoq-test"])
+        .early_data(true)
+        .build()
+        .expect("server TLS");
+    let server = Engine::builder().config(sharded()).server(tls.crypto()).start().expect("starts");
+    let client_tls = ClientTls::builder()
+        .roots(tls.identity().roots().to_vec())
+        .alpn(["stoq-test"])
+        .early_data(true)
+        .build()
+        .expect("client TLS");
+    let client = Engine::builder().config(TransportConfig { zero_rtt: true, ..config() });
+    let client = client.client(client_tls.crypto()).start().expect("starts");
+    visit(&client, &server).expect("a full handshake");
+    let before = accepted_by_shard(&server);
+    block_on(async {
+        for visit in 0..VISITS {
+            let Ok((early, taken)) = client.connect(server.local_addr(), NAME).into_0rtt().await
+            else {
+                panic!("visit {visit}: a session is remembered")
+            };
+            let accepting = async {
+                let connection = server.accept().await.expect("knocks").accept().await;
+                let connection = connection.expect("accepted");
+                assert!(answer(&connection).await, "visit {visit}: told that it came early");
+                connection
+            };
+            let (asked, connection) = join(ask(&early), accepting).await;
+            assert_eq!(asked.expect("answered"), b"pay 100");
+            assert!(taken.await, "visit {visit}: the client is told, too");
+            // The next ticket comes behind the handshake.
+            let mut send = early.open_uni().await.expect("a stream");
+            send.write_all(b"thanks").await.expect("written");
+            send.finish().expect("finished");
+            assert_eq!(send.stopped().await, Ok(None));
+            early.close(VarInt::from_u32(0), b"");
+            connection.closed().await;
+        }
+    });
+    let took =
+        accepted_by_shard(&server).iter().zip(&before).filter(|(now, then)| now > then).count();
+    assert!(took > 1, "one shard took every visit: tickets were not carried over");
+}
+
+fn accepted_by_shard(server: &Engine) -> Vec<u64> {
+    server.stats().iter().map(|stats| stats.shard.accepted).collect()
+}
+
 /// Everything that a client with early data sent, sent again from elsewhere: the request was carried
 /// out once, and no copy reaches the application.
 #[test]

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sim::{Pair, PairConfig, Plan, Send, pattern};
-use stoq::app::{ShardApp, ShardCx};
+use stoq::app::{ConnId, ShardApp, ShardCx};
 use stoq::clock::{Clock, SimClock};
 use stoq::config::{
-    CLOSES_PER_TURN_MAX, CongestionControl, HANDSHAKE_STEPS_MAX, RetryPolicy, TransportConfig,
+    CLOSES_PER_TURN_MAX, CONNECTIONS_PER_SHARE_MAX, CongestionControl, HANDSHAKE_STEPS_MAX,
+    RetryPolicy, TX_VISITS_PER_TURN_MAX, TransportConfig,
 };
 use stoq::datapath::sim::{
     Direction, EndpointId, LinkConfig, Prefix, QueueLimit, SimNetwork, SimNode, run_while,
@@ -335,7 +336,11 @@ struct Watched<'a> {
     clock: SimClock,
     /// Away until then: its packets wait.
     back_at: std::time::Instant,
+    log: sim::SharedLog,
+    /// What one turn did at most: handshakes begun, datagrams sent, datagrams told to the application.
     begun_max: u64,
+    sent_max: u64,
+    heard_max: usize,
 }
 
 impl SimNode for Watched<'_> {
@@ -343,10 +348,18 @@ impl SimNode for Watched<'_> {
         if self.clock.now() < self.back_at {
             return Some(self.back_at);
         }
-        let begun = |counters: ShardCounters| counters.accepted + counters.connects;
-        let before = begun(self.host.counters());
+        let now = |watched: &Self| {
+            let counters: ShardCounters = watched.host.counters();
+            let heard = watched.log.lock().expect("log").datagrams.len();
+            let begun = counters.accepted + counters.connects;
+            (begun, watched.host.datapath_counters().tx_datagrams, heard)
+        };
+        let before = now(self);
         let next = self.host.turn();
-        self.begun_max = self.begun_max.max(begun(self.host.counters()) - before);
+        let after = now(self);
+        self.begun_max = self.begun_max.max(after.0 - before.0);
+        self.sent_max = self.sent_max.max(after.1 - before.1);
+        self.heard_max = self.heard_max.max(after.2 - before.2);
         next
     }
 
@@ -376,11 +389,20 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
         SimHost::new(&clock, network.open(sim::SERVER), server, server_app).expect("server");
     let client = setup(None, Some(client_tls as _), 2);
     let mut client =
-        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd).expect("client");
+        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd::default()).expect("client");
     client.send_to_app(Box::new(CLIENTS));
     // Long enough for every first flight to have arrived.
     let back_at = clock.now() + Duration::from_millis(20);
-    let mut server = Watched { host: &mut server, clock: clock.clone(), back_at, begun_max: 0 };
+    let (clock_seen, seen) = (clock.clone(), log.clone());
+    let mut server = Watched {
+        host: &mut server,
+        clock: clock_seen,
+        back_at,
+        log: seen,
+        begun_max: 0,
+        sent_max: 0,
+        heard_max: 0,
+    };
     let until = Duration::from_secs(20);
     run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || {
         log.lock().expect("log").connected < CLIENTS
@@ -388,6 +410,27 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
     assert_eq!(log.lock().expect("log").connected, CLIENTS);
     let most = server.begun_max;
     assert!((1..=HANDSHAKE_STEPS_MAX as u64).contains(&most), "{most} accepted in one turn");
+
+    // Nor do their datagrams, which are all there after a while away,
+    server.back_at = clock.now() + Duration::from_millis(20);
+    client.send_to_app(Box::new(sim::Ping));
+    run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || {
+        log.lock().expect("log").datagrams.len() < CLIENTS as usize
+    });
+    let most = server.heard_max;
+    assert!(
+        (32..=CONNECTIONS_PER_SHARE_MAX).contains(&most),
+        "{most} connections heard in one turn"
+    );
+    // and what is sent to all at once.
+    server.sent_max = 0;
+    server.host.send_to_app(Box::new(sim::Ping));
+    let before = server.host.datapath_counters().tx_datagrams;
+    let until = 2 * until;
+    run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || true);
+    assert!(server.host.datapath_counters().tx_datagrams - before >= CLIENTS);
+    let most = server.sent_max as usize;
+    assert!((32..=TX_VISITS_PER_TURN_MAX).contains(&most), "{most} connections sent in one turn");
 
     // Nor does their end.
     let before = server.host.counters();
@@ -416,7 +459,7 @@ fn beyond_the_limit_of_connections_clients_are_refused_and_counted() {
     let config = TransportConfig::default();
     let client = SimHostConfig { config, server: None, client: Some(client_tls as _), seed: 2 };
     let mut client =
-        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd).expect("client");
+        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd::default()).expect("client");
     client.send_to_app(Box::new(LIMIT as u64 + 3));
     let until = Duration::from_secs(5);
     run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || true);
@@ -427,8 +470,9 @@ fn beyond_the_limit_of_connections_clients_are_refused_and_counted() {
     assert_eq!(client.counters().connections, LIMIT as u64, "the refused ones were told");
 }
 
-/// Connects as often as it is told to, at once.
-struct Crowd;
+/// Connects as often as it is told to, at once, and says something on every connection when told to.
+#[derive(Default)]
+struct Crowd(Vec<ConnId>);
 
 impl ShardApp for Crowd {
     fn handle_message(
@@ -436,8 +480,14 @@ impl ShardApp for Crowd {
         cx: &mut ShardCx<'_>,
         message: Box<dyn std::any::Any + std::marker::Send>,
     ) {
-        for _ in 0..*message.downcast::<u64>().expect("a number") {
-            cx.connect(sim::SERVER, "stoq.test").expect("within the limits");
+        let Ok(wanted) = message.downcast::<u64>() else {
+            for conn in &self.0 {
+                cx.send_datagram(*conn, Bytes::from_static(b"hello")).expect("sent");
+            }
+            return;
+        };
+        for _ in 0..*wanted {
+            self.0.push(cx.connect(sim::SERVER, "stoq.test").expect("within the limits"));
         }
     }
 }
