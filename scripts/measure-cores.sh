@@ -9,7 +9,7 @@
 #   scripts/measure-cores.sh [ROUNDS [SECONDS]]
 #
 # Needs root and 4 cores; deletes its namespaces at the end. Environment: BIN (directory of the
-# binary), DATAPATHS, CONNECTIONS, UDP_PAYLOAD. Prints every reading with the share of the four cores'
+# binary), DATAPATHS, CONNECTIONS, MTU, UDP_PAYLOAD (default: MTU less 48). Prints every reading with the share of the four cores'
 # time that the hypervisor took (steal), then for each datapath the median rates and the ratios of
 # each round's readings to that of one core a side: median, smallest and largest. Readings of one round
 # follow each other at once, so that other load on the machine meets all alike.
@@ -19,7 +19,8 @@ rounds=${1:-5}
 seconds=${2:-3}
 bin=${BIN:-$(dirname "$0")/../target/release}
 connections=${CONNECTIONS:-16}
-payload=${UDP_PAYLOAD:-1452}
+mtu=${MTU:-1500}
+payload=${UDP_PAYLOAD:-$((mtu - 48))}
 read -ra datapaths <<<"${DATAPATHS:-socket io_uring af_xdp}"
 near=stoq-cores-near-$$
 far=stoq-cores-far-$$
@@ -44,7 +45,7 @@ for pair in 0 1; do
     ip -n "$far" addr add "fd00:57:$pair::2/64" dev "veth$pair" nodad
     for netns in "$near" "$far"; do
         ip -n "$netns" link set lo up
-        ip -n "$netns" link set "veth$pair" up
+        ip -n "$netns" link set "veth$pair" mtu "$mtu" up
     done
 done
 sleep 0.5

@@ -64,6 +64,8 @@ pub const HANDSHAKE_STEPS_MAX: usize = 3;
 /// Connections that received datagrams wake up in one turn at most, and likewise datagrams of other
 /// shards and commands of either kind: with 100 000 of them each is cold, and costs several µs.
 pub const CONNECTIONS_PER_SHARE_MAX: usize = 64;
+/// Connections whose statistics one turn publishes for handles at most.
+pub const STATS_PUBLISHED_PER_TURN_MAX: usize = 64;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
 /// Entries of the timer wheel that one turn expires or moves at most.

@@ -461,7 +461,8 @@ fn opens_that_wait_end_with_the_connection() {
 fn a_peer_that_vanishes_times_out() {
     let _watchdog = Watchdog::new("vanished peer");
     // A socket that swallows the handshake, and a server whose process is stopped by refusing to turn.
-    let client = TransportConfig { handshake_timeout_ms: 300, idle_timeout_ms: 400, ..config() };
+    let client =
+        TransportConfig { handshake_timeout_ms: 1_500, idle_timeout_ms: 2_500, ..config() };
     let pair = Pair::with(config(), client);
     let hole = std::net::UdpSocket::bind("[::1]:0").unwrap();
     let std::net::SocketAddr::V6(nowhere) = hole.local_addr().unwrap() else { unreachable!() };

@@ -114,7 +114,7 @@ fn a_client_that_an_application_forgets_is_refused() {
         let error = kept.await.unwrap_err();
         assert!(matches!(error, ConnectionError::AbortedByPeer(_)), "{error:?}");
     });
-    assert_eq!(counters(&pair.server).incoming_refused, 2);
+    wait_for("both are refused", || counters(&pair.server).incoming_refused == 2);
     pair.wait_idle();
 }
 

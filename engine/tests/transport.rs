@@ -99,12 +99,14 @@ impl Both {
 /// Runs a future for at most twenty seconds.
 fn wait<T>(future: impl Future<Output = T>) -> T {
     let (done, watch) = std::sync::mpsc::channel::<()>();
+    let test = std::thread::current().name().unwrap_or("unnamed").to_owned();
     let watchdog = std::thread::spawn(move || {
         if watch
             .recv_timeout(Duration::from_secs(20))
             .is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout)
         {
-            eprintln!("a future did not end within 20 s");
+            // Past the capture, which an abort would take along.
+            let _ = writeln!(std::io::stderr(), "a future did not end within 20 s: {test}");
             std::process::abort();
         }
     });
@@ -138,8 +140,12 @@ fn messages_of_every_size_go_both_ways() {
         wait(both.server.send(&there, &received)).expect("sent back");
         assert!(wait(both.client.receive(&here)).expect("back") == data);
     }
+    // A turn publishes its counts when it ends, after it has woken whoever waits for its data.
+    until("the last turn's counts", || {
+        let stats = both.client.stats();
+        stats.bytes_sent > 3_000_000 && stats.bytes_received > 3_000_000
+    });
     let stats = both.client.stats();
-    assert!(stats.bytes_sent > 3_000_000 && stats.bytes_received > 3_000_000);
     assert_eq!((stats.connections_active, stats.connections_total), (1, 1));
     assert!(stats.latency.samples > 10 && stats.latency.p50 > Duration::ZERO);
     assert!(stats.latency.p50 <= stats.latency.p99 && stats.latency.p99 <= stats.latency.p999);
@@ -148,6 +154,7 @@ fn messages_of_every_size_go_both_ways() {
     assert!(shard.rx_batch_average >= 1.0 && shard.tx_batch_average >= 1.0);
     assert!(shard.mailbox_wait.samples > 0);
     until("publication", || here.stats().delivery_rate_bps > 0);
+    until("the last acknowledgement is published", || here.stats().inflight_bytes == 0);
     assert!(here.stats().latest_rtt > Duration::ZERO);
 }
 
@@ -173,9 +180,9 @@ fn concurrent_callers_share_one_connection() {
     let connect = join_all((0..64).map(|_| both.client.connect(&both.endpoint)));
     let (there, here) = wait(join(accept, connect));
     let here: Vec<_> = here.into_iter().map(|conn| conn.expect("connected")).collect();
+    until("64 leases are published", || both.client.stats().pool.leases == 64);
     let stats = both.client.stats();
     assert_eq!((stats.pool.handshakes, stats.connections_total), (1, 1));
-    assert_eq!(stats.pool.leases, 64);
     assert_eq!(stats.pool_utilization, 1.0);
     // Each is the same connection: what any sends, the one peer receives.
     for conn in &here {
@@ -188,7 +195,7 @@ fn concurrent_callers_share_one_connection() {
         (pool.leases, pool.idle) == (0, 1)
     });
     wait(both.client.connect(&both.endpoint)).expect("from the pool");
-    assert_eq!(both.client.stats().pool.hits, 1);
+    until("the hit is published", || both.client.stats().pool.hits == 1);
 }
 
 #[test]
@@ -283,7 +290,8 @@ fn a_peer_that_comes_back_is_connected_again_and_told_as_events() {
 
 #[test]
 fn peers_that_do_not_answer_open_the_circuit() {
-    let pool = "handshake_timeout_ms = 100\n[pool]\nreconnect_base_ms = 1\ncircuit_failures = 2\n";
+    // Long enough for the handshake at the end on a machine that stalls.
+    let pool = "handshake_timeout_ms = 1000\n[pool]\nreconnect_base_ms = 1\ncircuit_failures = 2\n";
     let both = Both::new("circuit", "", pool);
     // Bound and deaf.
     let deaf = std::net::UdpSocket::bind("[::1]:0").expect("a socket");
@@ -292,13 +300,12 @@ fn peers_that_do_not_answer_open_the_circuit() {
     let nobody = PeerEndpoint::new(remote, "server.test");
     for _ in 0..2 {
         let error = wait(both.client.connect(&nobody)).expect_err("nobody answers");
-        let timed_out = ConnectionError::HandshakeTimedOut { remote, timeout_ms: 100 };
+        let timed_out = ConnectionError::HandshakeTimedOut { remote, timeout_ms: 1000 };
         assert_eq!(error, CheckoutError::Connect(timed_out));
     }
-    let start = Instant::now();
     let error = wait(both.client.connect(&nobody)).expect_err("refused");
     assert!(matches!(error, CheckoutError::CircuitOpen { failures: 2, .. }), "{error}");
-    assert!(start.elapsed() < Duration::from_millis(90), "at once");
+    until("two attempts, no third", || both.client.stats().connections_total == 2);
     both.connect();
 }
 
@@ -342,8 +349,11 @@ fn early_requests_are_taken_by_whichever_shard_they_reach() {
         std::thread::sleep(Duration::from_millis(50));
         drop((early, there, receipt));
     }
-    let accepted: Vec<u64> =
-        both.server.stats().shards.iter().map(|shard| shard.shard.accepted).collect();
+    let shares = || -> Vec<u64> {
+        both.server.stats().shards.iter().map(|shard| shard.shard.accepted).collect()
+    };
+    until("the last turn's count", || shares().iter().sum::<u64>() == 11);
+    let accepted = shares();
     assert!(accepted.iter().filter(|accepted| **accepted > 0).count() > 1, "{accepted:?}");
 }
 

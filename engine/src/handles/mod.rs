@@ -16,6 +16,7 @@ mod shared;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_channel::oneshot;
@@ -24,6 +25,7 @@ use rustc_hash::FxHashMap;
 use slab::Slab;
 
 use crate::app::{ConnId, Incoming as RawIncoming, ReadOutcome, ShardApp, ShardCx, WriteOutcome};
+use crate::config::STATS_PUBLISHED_PER_TURN_MAX;
 use crate::connection::Connection;
 use crate::engine::EngineShared;
 use crate::error::{ConnectError, ConnectionError, SendDatagramError};
@@ -42,6 +44,9 @@ const COALESCE_BYTES: usize = 16 * 1024;
 const COALESCE_CHUNK_BYTES_MAX: usize = 8 * 1024;
 /// What a waiting reader gets although other streams' readers have filled the connection's queue.
 const WAITING_READER_BYTES_MIN: usize = 16 * 1024;
+
+/// How often a busy connection's statistics are published.
+const STATS_INTERVAL: Duration = Duration::from_millis(1);
 
 /// What handles ask of their shard.
 pub(crate) enum Command {
@@ -94,6 +99,8 @@ struct Conn {
     pooled: Option<Arc<ConnRef>>,
     streams: FxHashMap<StreamId, Stream>,
     opening: [VecDeque<oneshot::Sender<OpenedStream>>; 2],
+    /// It is in the list of those whose statistics changed.
+    unpublished: bool,
 }
 
 /// The shard's end of all handles.
@@ -104,6 +111,10 @@ pub(crate) struct HandleApp {
     /// Callers that wait for a pooled connection.
     checkouts: Slab<CheckoutReply>,
     dirty: Vec<ConnId>,
+    /// Connections whose statistics changed since they were published, each once.
+    unpublished: VecDeque<ConnId>,
+    /// Busy connections' statistics are published then.
+    publish_at: Option<Instant>,
     gather: BytesMut,
     streams: usize,
 }
@@ -116,6 +127,8 @@ impl HandleApp {
             incoming: Slab::new(),
             checkouts: Slab::new(),
             dirty: Vec::new(),
+            unpublished: VecDeque::new(),
+            publish_at: None,
             gather: BytesMut::new(),
             streams: 0,
         }
@@ -243,6 +256,7 @@ impl HandleApp {
             pooled: None,
             streams: FxHashMap::default(),
             opening: Default::default(),
+            unpublished: false,
         };
         let conn = self.conns.entry(id).insert_entry(conn).into_mut();
         if canceled {
@@ -287,7 +301,6 @@ impl HandleApp {
         if shared.update_keys.swap(false, Relaxed) {
             cx.update_keys(id);
         }
-        Self::publish(cx, id, conn);
     }
 
     fn open_streams(
@@ -524,6 +537,40 @@ impl HandleApp {
         }
     }
 
+    /// Something happened on the connection: its statistics are published with the next lot.
+    pub(crate) fn note_touched(&mut self, id: ConnId) {
+        if let Some(conn) = self.conns.get_mut(&id)
+            && !conn.unpublished
+        {
+            conn.unpublished = true;
+            self.unpublished.push_back(id);
+        }
+    }
+
+    /// Publishes the statistics that changed: once an interval while the shard is busy, at once
+    /// when it has nothing else to do, so that a connection that falls silent leaves its last word.
+    pub(crate) fn publish_statistics(&mut self, cx: &mut ShardCx<'_>, idle: bool) {
+        if self.unpublished.is_empty()
+            || (!idle && self.publish_at.is_some_and(|due| cx.now() < due))
+        {
+            return;
+        }
+        for _ in 0..STATS_PUBLISHED_PER_TURN_MAX {
+            let Some(id) = self.unpublished.pop_front() else { break };
+            let Some(conn) = self.conns.get_mut(&id) else { continue };
+            conn.unpublished = false;
+            Self::publish(cx, id, conn);
+        }
+        if self.unpublished.is_empty() {
+            self.publish_at = Some(cx.now() + STATS_INTERVAL);
+        }
+    }
+
+    /// Whether statistics wait to be published.
+    pub(crate) fn has_unpublished(&self) -> bool {
+        !self.unpublished.is_empty()
+    }
+
     /// Makes the handshake's results and the statistics visible to handles.
     fn publish(cx: &mut ShardCx<'_>, id: ConnId, conn: &Conn) {
         let max = cx.max_datagram_size(id).map_or(0, |bytes| bytes + 1);
@@ -623,7 +670,6 @@ impl ShardApp for HandleApp {
             Self::serve_recv(cx, id, stream, entry, &conn.shared);
             Self::release(conn, stream, &mut self.streams);
         }
-        Self::publish_if_stale(cx, id, conn);
     }
 
     fn handle_writable(&mut self, cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId) {
@@ -632,7 +678,6 @@ impl ShardApp for HandleApp {
             Self::serve_send(cx, id, stream, entry, &mut self.gather);
             Self::release(conn, stream, &mut self.streams);
         }
-        Self::publish_if_stale(cx, id, conn);
     }
 
     fn handle_finished(&mut self, _cx: &mut ShardCx<'_>, id: ConnId, stream: StreamId) {
@@ -691,15 +736,6 @@ impl ShardApp for HandleApp {
             Self::rescue_received(cx, id, conn);
         }
         self.forget(id, reason);
-    }
-}
-
-impl HandleApp {
-    /// Statistics of a busy connection are published at most once a millisecond.
-    fn publish_if_stale(cx: &mut ShardCx<'_>, id: ConnId, conn: &Conn) {
-        if conn.shared.stats.is_stale(cx.now()) {
-            Self::publish(cx, id, conn);
-        }
     }
 }
 

@@ -10,7 +10,6 @@ use std::net::SocketAddrV6;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, fence};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crossbeam::atomic::AtomicCell;
@@ -31,8 +30,6 @@ use crate::shard::mailbox::Mailbox;
 const DATAGRAMS_RECEIVED_MAX: usize = 4096;
 /// Their bytes at most.
 const DATAGRAMS_RECEIVED_BYTES_MAX: usize = 1 << 20;
-/// How often a busy connection's statistics are published.
-const STATS_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Zero stands for "none" in the atomics that hold codes.
 pub(crate) fn encode_code(code: VarInt) -> u64 {
@@ -456,18 +453,9 @@ pub(crate) struct StatsCell {
     /// Odd while the shard writes.
     sequence: AtomicU64,
     cells: [AtomicU64; STATS_NUMBERS],
-    published: AtomicCell<Option<Instant>>,
 }
 
 impl StatsCell {
-    pub(crate) fn is_stale(&self, now: Instant) -> bool {
-        let due = self.published.load().is_none_or(|at| now >= at + STATS_INTERVAL);
-        if due {
-            self.published.store(Some(now));
-        }
-        due
-    }
-
     pub(crate) fn publish(&self, stats: &ConnectionStats) {
         let sequence = self.sequence.load(Relaxed);
         // The odd number must be visible before any cell (Release fence), and every

@@ -163,6 +163,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         worked |= self.service(now);
         worked |= self.transmit(now);
         self.flush(now);
+        let cx = &mut handle_cx(&mut self.proto, &self.datapath, now);
+        self.handles.publish_statistics(cx, !worked);
         self.finish_turn(now, worked)
     }
 
@@ -307,6 +309,11 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 worked = true;
                 while let Some((conn, owner, event)) = self.proto.poll_event(slot) {
                     self.dispatch(now, conn, owner, event);
+                }
+                if let Some(conn) = self.proto.conn_in_slot(slot)
+                    && conn.owner == Owner::Handles
+                {
+                    self.handles.note_touched(conn.id);
                 }
             }
             // Handles queue their stream work; one pass serves a whole batch of it.
@@ -576,6 +583,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 && self.can_seal())
                 || self.proto.pools_have_connects()
                 || self.proto.is_held_back()
+                || (!worked && self.handles.has_unpublished())
                 || self.ending.as_ref().is_some_and(|ending| !ending.to_close.is_empty()),
             deadline,
             ended: self.has_ended(now),

@@ -38,7 +38,11 @@ impl Watchdog {
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }
-            eprintln!("watchdog: `{test}` hangs for {limit:?}");
+            // Past the capture, which the abort would take along.
+            let _ = std::io::Write::write_fmt(
+                &mut std::io::stderr(),
+                format_args!("watchdog: `{test}` hangs for {limit:?}\n"),
+            );
             std::process::abort();
         });
         Self(done)

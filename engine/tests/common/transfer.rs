@@ -53,7 +53,11 @@ impl Watchdog {
         let (alive, end) = channel();
         thread::spawn(move || {
             if end.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("{what} hangs: not over after {limit:?}");
+                // Past the capture, which the abort would take along.
+                let _ = std::io::Write::write_fmt(
+                    &mut std::io::stderr(),
+                    format_args!("{what} hangs: not over after {limit:?}\n"),
+                );
                 std::process::abort();
             }
         });
