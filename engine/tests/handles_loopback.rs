@@ -304,7 +304,7 @@ fn dropping_the_last_handle_closes() {
 fn refused_ignored_and_retried_clients() {
     watched("knock", || {
         let mut impatient = config(DatapathChoice::Auto);
-        impatient.handshake_timeout_ms = 3_000;
+        impatient.handshake_timeout_ms = 2_000;
         let pair = Pair::with(config(DatapathChoice::Auto), impatient);
         pollster::block_on(async {
             let address = pair.server.local_addr();
