@@ -3,6 +3,8 @@
 #[path = "common/sim.rs"]
 mod sim;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,8 +12,8 @@ use sim::{Pair, PairConfig, Plan, Send, pattern};
 use stoq::app::{ConnId, ShardApp, ShardCx};
 use stoq::clock::{Clock, SimClock};
 use stoq::config::{
-    CLOSES_PER_TURN_MAX, CONNECTIONS_PER_SHARE_MAX, CongestionControl, HANDSHAKE_STEPS_MAX,
-    RetryPolicy, TX_VISITS_PER_TURN_MAX, TransportConfig,
+    APP_TIMERS_PER_TURN_MAX, CLOSES_PER_TURN_MAX, CONNECTIONS_PER_SHARE_MAX, CongestionControl,
+    HANDSHAKE_STEPS_MAX, RetryPolicy, TX_VISITS_PER_TURN_MAX, TransportConfig,
 };
 use stoq::datapath::sim::{
     Direction, EndpointId, LinkConfig, Prefix, QueueLimit, SimNetwork, SimNode, run_while,
@@ -440,6 +442,45 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
     assert_eq!(client.counters().connections, 0, "every client was told");
     let turns = server.host.counters().turns - before.turns;
     assert!(turns >= CLIENTS / CLOSES_PER_TURN_MAX as u64, "closed in {turns} turns");
+}
+
+/// Sets a timer that is due at once for every number up to what it is told, and again whenever one fires.
+struct Alarms(Arc<AtomicU64>);
+
+impl ShardApp for Alarms {
+    fn handle_message(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        message: Box<dyn std::any::Any + std::marker::Send>,
+    ) {
+        for token in 0..*message.downcast::<u64>().expect("a number") {
+            cx.set_timer(cx.now(), token);
+        }
+    }
+
+    fn handle_timer(&mut self, cx: &mut ShardCx<'_>, token: u64) {
+        self.0.fetch_add(1, Relaxed);
+        cx.set_timer(cx.now(), token);
+    }
+}
+
+/// Not even timers that are set again as soon as they fire keep a turn from ending.
+#[test]
+fn an_applications_timers_do_not_make_long_turns() {
+    let clock = SimClock::new();
+    let network = SimNetwork::new(clock.clone(), 5);
+    let (server_tls, _) = sim::tls();
+    let config = TransportConfig::default();
+    let setup = SimHostConfig { config, server: Some(server_tls as _), client: None, seed: 1 };
+    let fired = Arc::new(AtomicU64::new(0));
+    let app = Alarms(fired.clone());
+    let mut host = SimHost::new(&clock, network.open(sim::SERVER), setup, app).expect("a host");
+    host.send_to_app(Box::new(3 * APP_TIMERS_PER_TURN_MAX as u64));
+    for turn in 1..=10 {
+        let next = host.turn();
+        assert!(next.is_some_and(|next| next <= clock.now()), "the rest waits: {next:?}");
+        assert_eq!(fired.load(Relaxed), turn * APP_TIMERS_PER_TURN_MAX as u64);
+    }
 }
 
 #[test]

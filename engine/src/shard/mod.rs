@@ -36,8 +36,9 @@ use quinn_proto::{Event, StreamEvent, VarInt};
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
-    CLOSES_PER_TURN_MAX, MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX,
-    RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX, TX_VISITS_PER_TURN_MAX,
+    APP_TIMERS_PER_TURN_MAX, CLOSES_PER_TURN_MAX, MAILBOX_COMMANDS_PER_TURN_MAX,
+    POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    TX_VISITS_PER_TURN_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -290,7 +291,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.end_overdue(now, conn);
         }
         self.overdue = overdue;
-        while let Some((owner, token)) = self.proto.pop_app_timer(now) {
+        for _ in 0..APP_TIMERS_PER_TURN_MAX {
+            let Some((owner, token)) = self.proto.pop_app_timer(now) else { break };
             worked = true;
             self.call(now, owner, None, |app, cx| app.handle_timer(cx, token));
         }
