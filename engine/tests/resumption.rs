@@ -12,6 +12,7 @@ use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -229,12 +230,53 @@ impl Wiretap {
         Self { addr, heard, stop, thread: Some(thread) }
     }
 
+    /// Waits until the client has said something early: what it asks later may follow the handshake.
+    async fn early_data(&self) {
+        let is_early = |datagram: &Vec<u8>| has_early_data(datagram);
+        std::future::poll_fn(|cx| {
+            if self.heard.lock().expect("not poisoned").iter().any(is_early) {
+                return Poll::Ready(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+    }
+
     /// What the client said, ended.
     fn end(mut self) -> Vec<Vec<u8>> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().expect("once").join().expect("the tap did not panic");
         std::mem::take(&mut *self.heard.lock().expect("not poisoned"))
     }
+}
+
+/// Whether one of the packets in a datagram is a 0-RTT packet (RFC 9000 §17.2.3).
+fn has_early_data(mut datagram: &[u8]) -> bool {
+    /// A variable-length integer (RFC 9000 §16) and what is behind it.
+    fn varint(bytes: &[u8]) -> (usize, &[u8]) {
+        let (number, rest) = bytes.split_at(1 << (bytes[0] >> 6));
+        let number = number.iter().fold(0, |number, byte| number << 8 | usize::from(*byte));
+        (number & ((1 << (8 * (bytes.len() - rest.len()) - 2)) - 1), rest)
+    }
+    // The bit behind the first may be anything (RFC 9287).
+    while datagram.first().is_some_and(|first| first & 0x80 != 0) {
+        let packet_type = datagram[0] >> 4 & 0b11;
+        if packet_type == 0b01 {
+            return true;
+        }
+        let (dcid_bytes, rest) = (usize::from(datagram[5]), &datagram[6..]);
+        let (scid_bytes, rest) = (usize::from(rest[dcid_bytes]), &rest[dcid_bytes + 1..]);
+        let mut rest = &rest[scid_bytes..];
+        if packet_type == 0b00 {
+            let (token_bytes, behind) = varint(rest);
+            rest = &behind[token_bytes..];
+        }
+        let (bytes, behind) = varint(rest);
+        datagram = &behind[bytes..];
+    }
+    false
 }
 
 async fn ask(connection: &Connection) -> Result<Vec<u8>, ReadError> {
@@ -282,12 +324,14 @@ fn early_data_is_taken_by_whichever_shard_it_comes_to() {
     let before = accepted_by_shard(&server);
     block_on(async {
         for visit in 0..VISITS {
-            let Ok((early, taken)) = client.connect(server.local_addr(), NAME).into_0rtt().await
-            else {
+            let tap = Wiretap::start(server.local_addr());
+            let Ok((early, taken)) = client.connect(tap.addr, NAME).into_0rtt().await else {
                 panic!("visit {visit}: a session is remembered")
             };
             let accepting = async {
-                let connection = server.accept().await.expect("knocks").accept().await;
+                let incoming = server.accept().await.expect("knocks");
+                tap.early_data().await;
+                let connection = incoming.accept().await;
                 let connection = connection.expect("accepted");
                 assert!(answer(&connection).await, "visit {visit}: told that it came early");
                 connection
@@ -302,6 +346,7 @@ fn early_data_is_taken_by_whichever_shard_it_comes_to() {
             assert_eq!(send.stopped().await, Ok(None));
             early.close(VarInt::from_u32(0), b"");
             connection.closed().await;
+            tap.end();
         }
     });
     let took =
@@ -346,8 +391,9 @@ fn a_recorded_flight_with_early_data_is_good_once() {
             panic!("a session is remembered")
         };
         let accepting = async {
-            let connection = server.accept().await.expect("knocks").accept().await;
-            let connection = connection.expect("accepted");
+            let incoming = server.accept().await.expect("knocks");
+            tap.early_data().await;
+            let connection = incoming.accept().await.expect("accepted");
             assert!(answer(&connection).await, "told that it came early");
             connection
         };
