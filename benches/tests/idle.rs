@@ -57,7 +57,17 @@ fn connections_are_held_and_used_and_both_ends_are_measured() {
         // its parts.
         assert!(end["turn_us"]["turns"].as_u64() >= Some(5), "{report}");
         assert!(end["turn_us"]["p999"].as_u64() > Some(0), "{report}");
+        for key in ["cpu_user_s", "cpu_sys_s", "cpu_s_per_gb"] {
+            assert!(end[key].is_number(), "{key} is missing in {report}");
+        }
     }
+    for key in ["seconds", "bytes", "goodput_bps", "ops", "ops_per_s", "udp_payload", "mtu"] {
+        assert!(report[key].is_number(), "{key} is missing in {report}");
+    }
+    assert!(report.get("packets_lost").is_some(), "{report}");
+    assert_eq!((&report["stack"], &report["link"]), (&"stoq".into(), &"lo".into()));
+    let per_connection = &report["server"]["rss_bytes_per_connection"];
+    assert_eq!(&report["server_rss_bytes_per_connection"], per_connection, "{report}");
 }
 
 #[test]

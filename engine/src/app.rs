@@ -100,6 +100,21 @@ pub enum WriteOutcome {
 }
 
 /// Application code on a shard. Every method has an empty default but the first.
+///
+/// # When a call panics
+/// The shard, its other connections and its pool go on; the panic is counted (`app_panics`) and logged
+/// with its message. The application is called again afterwards, so what the call left half done in its
+/// own state is its own to mend.
+///
+/// | panic in | what ends |
+/// |---|---|
+/// | a call about a connection, [`handle_checkout`](Self::handle_checkout) with a lease included | that connection: closed, the peer reads the reason "application panicked" (in its handshake, that the application closed), [`handle_closed`](Self::handle_closed) follows with [`AppPanicked`](ConnectionError::AppPanicked) |
+/// | [`handle_incoming`](Self::handle_incoming) | the client: refused, or, if it had been accepted, closed as above |
+/// | [`handle_closed`](Self::handle_closed) | nothing: the connection is over already; it is not called again |
+/// | [`handle_timer`](Self::handle_timer), [`handle_message`](Self::handle_message), [`handle_pool_event`](Self::handle_pool_event), a failed [`handle_checkout`](Self::handle_checkout) | nothing; the timer, message or event is used up |
+///
+/// A [`Lease`] that is lost in the unwinding stays lent until its connection ends. A panic where the
+/// application is made comes out of [`Builder::start`](crate::engine::Builder::start). The process must be built with `panic = "unwind"`.
 #[allow(unused_variables)]
 pub trait ShardApp: Send + 'static {
     /// A client knocks. The default accepts it.

@@ -3,6 +3,7 @@
 mod attempt;
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::net::SocketAddrV6;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -18,7 +19,7 @@ use quinn_proto::VarInt;
 use quinn_proto::crypto;
 
 use crate::app::ShardApp;
-use crate::certs::{CertsError, RotatingIdentity, SharedKeys};
+use crate::certs::{CertsError, FaultCounters, RotatingIdentity, SharedKeys};
 use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::datapath::af_xdp::AfXdp;
@@ -28,6 +29,7 @@ use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
 use crate::handles::{Command as HandleCommand, HandleApp, PoolCommand};
+use crate::metrics::prometheus::Certificates;
 use crate::metrics::{
     MetricsServer, RateWindow, ShardCounters, ShardMetrics, TransportStats, prometheus,
 };
@@ -121,7 +123,7 @@ pub struct Builder {
     identity: QuicIdentity,
     app: Option<AppFactory>,
     seal_provider: Option<Arc<dyn SealProvider>>,
-    rotation: Option<Arc<RotatingIdentity>>,
+    certificates: Certificates,
 }
 
 impl Builder {
@@ -149,7 +151,8 @@ impl Builder {
     }
 
     /// Runs this application on every shard; `make` is called once per shard with its number.
-    /// Clients that knock go to it instead of [`Engine::accept`].
+    /// Clients that knock go to it instead of [`Engine::accept`]. A panic in `make` comes out of
+    /// [`start`](Self::start), with nothing left running.
     #[must_use]
     pub fn app<A: ShardApp>(mut self, mut make: impl FnMut(usize) -> A + Send + 'static) -> Self {
         self.app = Some(Box::new(move |shard| Box::new(make(shard))));
@@ -196,7 +199,16 @@ impl Builder {
     /// [`ServerTls::spawn_maintenance`](crate::certs::ServerTls::spawn_maintenance) does.
     #[must_use]
     pub fn rotation(mut self, identity: Arc<RotatingIdentity>) -> Self {
-        self.rotation = Some(identity);
+        self.certificates.rotation = Some(identity);
+        self
+    }
+
+    /// Exports these counters, of TLS configurations or trust stores, as
+    /// `stoq_certificate_faults_total` with the label `by`; [`Self::rotation`]'s are `identity`.
+    #[must_use]
+    pub fn faults(mut self, by: &'static str, counters: Arc<FaultCounters>) -> Self {
+        self.certificates.faults.retain(|(name, _)| *name != by);
+        self.certificates.faults.push((by, counters));
         self
     }
 
@@ -205,7 +217,7 @@ impl Builder {
     /// # Errors
     /// A setting, the datapath, a core or the system refused; nothing is left behind.
     pub fn start(self) -> Result<Engine, StartError> {
-        let Self { config, mut identity, app, rotation, seal_provider } = self;
+        let Self { config, mut identity, app, certificates, seal_provider } = self;
         config.validate()?;
         let mut secret = [0; 64];
         aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
@@ -237,14 +249,16 @@ impl Builder {
             .map(|_| Mailbox::new(config.mailbox_capacity))
             .collect::<std::io::Result<_>>()
             .map_err(|source| StartError::System { what: "eventfd for a mailbox", source })?;
+        // Before any thread: a panic in the application's constructor leaves nothing running.
+        let apps = app.map(|mut make| (0..config.shards).map(&mut make).collect());
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
             siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
             cores: placement.cores,
             config: Arc::new(config),
-            rotation,
+            certificates,
             identity,
-            app,
+            apps,
             seal_provider,
             node: placement.node,
             threads: Vec::new(),
@@ -269,14 +283,15 @@ struct Starter {
     siblings: Siblings,
     config: Arc<TransportConfig>,
     identity: QuicIdentity,
-    app: Option<AppFactory>,
+    /// Of the shards that are still to be started, in their order.
+    apps: Option<VecDeque<Box<dyn ShardApp>>>,
     seal_provider: Option<Arc<dyn SealProvider>>,
     cores: Vec<Option<core_affinity::CoreId>>,
     threads: Vec<JoinHandle<()>>,
     metrics: Vec<Arc<ShardMetrics>>,
     /// Where packet memory shall lie.
     node: Option<usize>,
-    rotation: Option<Arc<RotatingIdentity>>,
+    certificates: Certificates,
 }
 
 impl Starter {
@@ -309,7 +324,7 @@ impl Starter {
             rates: Mutex::default(),
             cids: self.siblings.cids,
             exporter: None,
-            rotation: self.rotation,
+            certificates: self.certificates,
         };
         // An engine that started in part is dropped here, which ends its shards.
         result?;
@@ -382,7 +397,7 @@ impl Starter {
             mtu_bytes: datapath.max_udp_payload(&probe),
             seed,
         };
-        let app = self.app.as_mut().map(|make| make(shard));
+        let app = self.apps.as_mut().and_then(VecDeque::pop_front);
         let shared = self.shared.clone();
         let siblings = self.siblings.clone();
         let seal_provider = self.seal_provider.clone();
@@ -444,7 +459,7 @@ pub struct Engine {
     rates: Mutex<RateWindow>,
     cids: Cids,
     exporter: Option<MetricsServer>,
-    rotation: Option<Arc<RotatingIdentity>>,
+    certificates: Certificates,
 }
 
 impl Engine {
@@ -637,7 +652,7 @@ impl Engine {
     pub fn transport_stats(&self) -> TransportStats {
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stats = rates.read(std::time::Instant::now(), self.metrics.iter().map(Arc::as_ref));
-        stats.rotation = self.rotation.as_deref().map(RotatingIdentity::status);
+        stats.rotation = self.certificates.rotation.as_deref().map(RotatingIdentity::status);
         stats
     }
 
@@ -646,7 +661,7 @@ impl Engine {
     pub fn prometheus(&self) -> String {
         let shards = self.metrics.iter().map(Arc::as_ref);
         let steered = SteeringHandle::published(self.steering.as_ref());
-        prometheus::render(shards, &steered, self.rotation.as_deref())
+        prometheus::render(shards, &steered, &self.certificates)
     }
 
     /// Where metrics are served, when `metrics_address` asked for it.
@@ -658,11 +673,11 @@ impl Engine {
     fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
         let Some(address) = address else { return Ok(self) };
         let metrics = self.metrics.clone();
-        let (steering, rotation) = (self.steering.clone(), self.rotation.clone());
+        let (steering, certificates) = (self.steering.clone(), self.certificates.clone());
         let render = move || {
             let shards = metrics.iter().map(Arc::as_ref);
             let steered = SteeringHandle::published(steering.as_ref());
-            prometheus::render(shards, &steered, rotation.as_deref())
+            prometheus::render(shards, &steered, &certificates)
         };
         let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {
             StartError::System { what: "listener for metrics (`metrics_address`)", source }

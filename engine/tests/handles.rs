@@ -634,6 +634,29 @@ fn a_panicking_application_loses_its_connection_and_nothing_else() {
 }
 
 #[test]
+fn an_application_that_panics_when_it_is_made_leaves_nothing_running() {
+    struct Idle;
+    impl ShardApp for Idle {}
+    let _watchdog = Watchdog::new("panic at the start");
+    let port = {
+        let pair = Pair::new();
+        pair.server.local_addr().port()
+    };
+    let mut config = TransportConfig { shards: 2, ..config() };
+    config.bind.set_port(port);
+    let builder = Engine::builder().config(config.clone()).app(|shard| {
+        assert!(shard == 0, "planned");
+        Idle
+    });
+    let start = std::panic::AssertUnwindSafe(|| builder.server(pair::identity().0).start());
+    let panic = std::panic::catch_unwind(start).err().expect("it comes through");
+    assert_eq!(panic.downcast_ref::<&str>(), Some(&"planned"));
+    // The port is free again: no shard holds it.
+    let again = Engine::builder().config(TransportConfig { shards: 1, ..config });
+    drop(again.server(pair::identity().0).start().unwrap());
+}
+
+#[test]
 fn an_engine_with_an_application_still_connects_with_handles() {
     struct Echo;
     impl ShardApp for Echo {}

@@ -10,13 +10,14 @@ use crate::workspace::Workspace;
 use crate::{interrupt, proc};
 
 /// Peers, and the feature of stoq-peers that builds each (none: always built).
-const PEERS: [(&str, Option<&str>); 7] = [
+const PEERS: [(&str, Option<&str>); 8] = [
     ("quinn", Some("quinn")),
     ("noq", Some("noq")),
     ("s2n-quic", Some("s2n-quic")),
     ("quiche", Some("quiche")),
     ("tquic", Some("tquic")),
     ("tls", None),
+    ("tcp-ktls", None),
     ("tcp", None),
 ];
 

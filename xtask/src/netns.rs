@@ -221,10 +221,15 @@ pub(crate) fn remove_stale() -> Result<Vec<String>> {
     Ok(stale)
 }
 
-/// The process ID in a namespace's name, if it is one of the demo's.
+/// The process ID in a namespace's name, if it is one of the demo's: `stoq-PID-a`, or
+/// `stoq-NUMBER-PID-a` for a process's further pairs.
 fn owner(name: &str) -> Option<u32> {
     let middle = name.strip_prefix("stoq-")?;
-    middle.strip_suffix("-a").or_else(|| middle.strip_suffix("-b"))?.parse().ok()
+    let middle = middle.strip_suffix("-a").or_else(|| middle.strip_suffix("-b"))?;
+    match middle.split_once('-') {
+        Some((number, pid)) => number.parse::<u32>().ok().and_then(|_| pid.parse().ok()),
+        None => middle.parse().ok(),
+    }
 }
 
 /// Whether the process lives and is one of these commands or `stoq compare`, which makes its pairs
@@ -317,7 +322,10 @@ mod tests {
     fn only_namespaces_with_a_process_id_have_an_owner() {
         assert_eq!(owner("stoq-4194304-a"), Some(4_194_304));
         assert_eq!(owner("stoq-17-b"), Some(17));
-        for other in ["stoq-play-a", "stoq-17", "stoq-17-c", "other-17-a", "stoq--a"] {
+        assert_eq!(owner("stoq-1-17-b"), Some(17));
+        let others =
+            ["stoq-play-a", "stoq-17", "stoq-17-c", "other-17-a", "stoq--a", "stoq-x-17-a"];
+        for other in others {
             assert_eq!(owner(other), None, "{other}");
         }
     }

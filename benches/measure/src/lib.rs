@@ -2,10 +2,12 @@
 //! and for every peer of `stoq compare`.
 
 pub mod cpu;
+pub mod idle;
 pub mod latency;
 pub mod link;
 pub mod outcome;
 pub mod pace;
 pub mod peer;
+pub mod sessions;
 pub mod window;
 pub mod wire;

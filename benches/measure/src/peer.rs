@@ -25,15 +25,18 @@ pub enum Command {
 /// What both ends take.
 #[derive(Args, Clone, Debug)]
 pub struct Common {
-    /// Core to run on.
-    #[arg(long)]
-    pub core: Option<usize>,
+    /// Cores to run on, comma-separated: a thread for each, where the stack can use them.
+    #[arg(long = "core", value_delimiter = ',')]
+    pub cores: Vec<usize>,
     /// Largest UDP payload, bytes.
     #[arg(long, default_value_t = 1452)]
     pub udp_payload: u16,
     /// Wrap TCP in TLS 1.3 (TCP peers only).
     #[arg(long)]
     pub tls: bool,
+    /// Leave its records to the kernel (kernel TLS) after the handshake.
+    #[arg(long, requires = "tls")]
+    pub ktls: bool,
 }
 
 /// A server.
@@ -67,6 +70,9 @@ pub struct Run {
     /// Requests or handshakes under way.
     #[arg(long, default_value_t = 1)]
     pub outstanding: usize,
+    /// Connections: of bulk and requests where the stack can hold several, and of `idle`.
+    #[arg(long, default_value_t = 1)]
+    pub connections: usize,
     /// The server's process on this machine.
     #[arg(long)]
     pub server_pid: Option<u32>,
@@ -88,8 +94,12 @@ pub enum Workload {
     Requests,
     /// Full handshakes.
     Handshakes,
+    /// Handshakes resumed with a ticket.
+    HandshakesResumed,
     /// Unreliable datagrams.
     Datagrams,
+    /// Connections that do nothing.
+    Idle,
 }
 
 impl Workload {
@@ -102,8 +112,16 @@ impl Workload {
             Self::Bidi => "bidi",
             Self::Requests => "requests",
             Self::Handshakes => "handshakes",
+            Self::HandshakesResumed => "handshakes-resumed",
             Self::Datagrams => "datagrams",
+            Self::Idle => "idle",
         }
+    }
+
+    /// Whether connections are made and closed one after another.
+    #[must_use]
+    pub const fn is_handshakes(self) -> bool {
+        matches!(self, Self::Handshakes | Self::HandshakesResumed)
     }
 
     /// Whether the client sends without end.
@@ -120,18 +138,28 @@ impl Workload {
 }
 
 impl Common {
-    /// Pins this process's threads to the core asked for.
+    /// Pins this process's threads to the cores asked for.
     ///
     /// # Errors
-    /// The core is not this process's to use.
+    /// A core is not this process's to use.
     pub fn pin(&self) -> anyhow::Result<()> {
-        if let Some(core) = self.core {
-            let mut set = rustix::thread::CpuSet::new();
-            set.set(core);
-            rustix::thread::sched_setaffinity(None, &set)
-                .map_err(|error| anyhow::anyhow!("core {core} cannot be used: {error}"))?;
+        if self.cores.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let allowed = rustix::thread::sched_getaffinity(None)?;
+        let mut set = rustix::thread::CpuSet::new();
+        for core in &self.cores {
+            let is_ours = *core < rustix::thread::CpuSet::MAX_CPU && allowed.is_set(*core);
+            anyhow::ensure!(is_ours, "core {core} cannot be used by this process");
+            set.set(*core);
+        }
+        Ok(rustix::thread::sched_setaffinity(None, &set)?)
+    }
+
+    /// Threads that a stack which can use several should run.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.cores.len().max(1)
     }
 }
 

@@ -65,6 +65,12 @@ impl Window {
         self.counts.packets_lost = packets_lost;
     }
 
+    /// Operations so far.
+    #[must_use]
+    pub fn ops(&self) -> u64 {
+        self.counts.ops
+    }
+
     /// Stops the clock and prints the report.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! What the peers of `stoq compare` share: TLS by rustls, the perf protocol for state machines,
 //! UDP sockets.
 
+pub mod ktls;
 pub mod streams;
 #[cfg(any(feature = "quiche", feature = "tquic"))]
 pub mod udp;
@@ -10,7 +11,22 @@ use std::sync::Arc;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use stoq_measure::peer::Workload;
+use stoq_measure::sessions::CountingSessions;
 use stoq_measure::wire::ALPN;
+
+/// tokio with so many threads; one is the current thread.
+///
+/// # Errors
+/// The system refuses a thread.
+#[cfg(any(feature = "quinn", feature = "noq", feature = "s2n-quic"))]
+pub fn runtime(threads: usize) -> std::io::Result<tokio::runtime::Runtime> {
+    use tokio::runtime::Builder;
+    match threads {
+        1 => Builder::new_current_thread().enable_all().build(),
+        _ => Builder::new_multi_thread().worker_threads(threads).enable_all().build(),
+    }
+}
 
 /// What rustls-based peers say about their cryptography.
 pub const RUSTLS_SETTINGS: &str = "rustls, aws-lc-rs, AES-128-GCM, X25519MLKEM768";
@@ -86,7 +102,44 @@ pub fn server_tls() -> anyhow::Result<rustls::ServerConfig> {
         .with_no_client_auth()
         .with_single_cert(vec![certificate], key)?;
     tls.alpn_protocols = vec![ALPN.to_vec()];
+    // Tickets that need no memory of the server, as STOQ's.
+    tls.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new()?;
     Ok(tls)
+}
+
+/// The same, resuming with a ticket of an earlier connection whenever there is one.
+///
+/// # Errors
+/// rustls refuses.
+pub fn resuming_client_tls() -> anyhow::Result<(rustls::ClientConfig, Arc<CountingSessions>)> {
+    let sessions = CountingSessions::shared();
+    let mut tls = client_tls()?;
+    tls.resumption = rustls::client::Resumption::store(sessions.clone());
+    Ok((tls, sessions))
+}
+
+/// The TLS of a client's workload, and its tickets where it resumes.
+///
+/// # Errors
+/// rustls refuses.
+pub fn client_tls_for(
+    workload: Workload,
+) -> anyhow::Result<(rustls::ClientConfig, Option<Arc<CountingSessions>>)> {
+    if workload == Workload::HandshakesResumed {
+        let (tls, sessions) = resuming_client_tls()?;
+        return Ok((tls, Some(sessions)));
+    }
+    Ok((client_tls()?, None))
+}
+
+/// Refuses handshakes that were to be resumed and were full: `done` of them against tickets used.
+///
+/// # Errors
+/// There were more handshakes than tickets.
+pub fn check_resumed(sessions: Option<&CountingSessions>, done: u64) -> anyhow::Result<()> {
+    let offered = sessions.map_or(done, CountingSessions::offered);
+    anyhow::ensure!(offered >= done, "only {offered} of {done} handshakes had a ticket");
+    Ok(())
 }
 
 /// A client's TLS 1.3, without resumption, trusting whom it is told to measure.

@@ -7,9 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Parser as _;
 use quiche::ConnectionId;
+use stoq_measure::idle::Idle;
 use stoq_measure::peer::{self, Cli, Command, Common, Run, Serve, Workload};
 use stoq_measure::window::Window;
-use stoq_measure::wire::{ALPN, DatagramSink, ECHO_EVERY, WINDOW_BYTES, read_head, write_head};
+use stoq_measure::wire::{
+    ALPN, DatagramSink, ECHO_EVERY, WINDOW_BYTES, read_head, request, write_head,
+};
 use stoq_peers::CertificateFiles;
 use stoq_peers::streams::{ClientStreams, ServerStreams, Streams};
 use stoq_peers::udp::Udp;
@@ -197,19 +200,79 @@ impl Client {
     }
 }
 
+/// A connection of many.
+struct UnderWay {
+    connection: quiche::Connection,
+    /// When its handshake was to start; `None` once it has been counted, or if it does not count.
+    start: Option<Instant>,
+    /// Whether its request has been made.
+    has_asked: bool,
+    /// Whether it has been answered.
+    is_answered: bool,
+}
+
+impl UnderWay {
+    fn new(connection: quiche::Connection, start: Option<Instant>) -> Self {
+        Self { connection, start, has_asked: false, is_answered: false }
+    }
+
+    /// Makes one empty request; the ticket, once that is answered and a ticket has come.
+    fn ticket(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
+        if !self.has_asked {
+            self.connection.stream_send(0, &request(0, 0), true)?;
+            self.has_asked = true;
+        }
+        let mut answer = [0; 64];
+        if let Ok((_, true)) = self.connection.stream_recv(0, &mut answer) {
+            self.is_answered = true;
+        }
+        let ticket = self.connection.session().filter(|_| self.is_answered);
+        Ok(ticket.map(<[u8]>::to_vec))
+    }
+}
+
 struct Driver {
     udp: Udp,
     config: quiche::Config,
     run: Run,
     out: Vec<u8>,
+    /// The newest ticket, for handshakes that resume.
+    session: Option<Vec<u8>>,
 }
 
 impl Driver {
     fn connect(&mut self) -> anyhow::Result<(ConnectionId<'static>, quiche::Connection)> {
         let id = connection_id();
         let (local, peer) = (self.udp.local(), SocketAddr::V6(self.run.connect));
-        let connection = quiche::connect(Some("localhost"), &id, local, peer, &mut self.config)?;
+        let mut connection =
+            quiche::connect(Some("localhost"), &id, local, peer, &mut self.config)?;
+        if let Some(session) = &self.session {
+            connection.set_session(session)?;
+        }
         Ok((id, connection))
+    }
+
+    /// Receives for many connections, after a sleep; then their timers.
+    fn receive(
+        &mut self,
+        connections: &mut HashMap<ConnectionId<'static>, UnderWay>,
+    ) -> anyhow::Result<()> {
+        let timeout = connections.values().filter_map(|each| each.connection.timeout()).min();
+        self.udp.wait(Some(timeout.unwrap_or(TICK).min(TICK)))?;
+        let local = self.udp.local();
+        self.udp.receive(|datagram, from| {
+            let Ok(header) = quiche::Header::from_slice(datagram, CID_BYTES) else { return };
+            if let Some(each) = connections.get_mut(&header.dcid.into_owned()) {
+                let info = quiche::RecvInfo { from, to: local };
+                let _refused = each.connection.recv(datagram, info);
+            }
+        })?;
+        for UnderWay { connection, .. } in connections.values_mut() {
+            if connection.timeout() == Some(Duration::ZERO) {
+                connection.on_timeout();
+            }
+        }
+        Ok(())
     }
 
     /// One round of a single connection: sends, sleeps if there is nothing to do, receives.
@@ -236,9 +299,16 @@ fn run(args: &Run) -> anyhow::Result<()> {
         config: config(&args.common)?,
         run: args.clone(),
         out: vec![0; 65_536],
+        session: None,
     };
-    if args.workload == Workload::Handshakes {
-        return handshakes(&mut driver)?.finish(STACK);
+    match args.workload {
+        Workload::Idle => return idle(&mut driver),
+        Workload::HandshakesResumed => {
+            driver.session = Some(first_ticket(&mut driver)?);
+            return handshakes(&mut driver)?.finish(STACK);
+        }
+        Workload::Handshakes => return handshakes(&mut driver)?.finish(STACK),
+        _ => {}
     }
     let (_, mut connection) = driver.connect()?;
     while !connection.is_established() {
@@ -266,42 +336,88 @@ fn run(args: &Run) -> anyhow::Result<()> {
     transmit(&mut connection, &mut driver.udp, &mut driver.out)
 }
 
+/// The ticket of a first, full handshake.
+fn first_ticket(driver: &mut Driver) -> anyhow::Result<Vec<u8>> {
+    let (_, connection) = driver.connect()?;
+    let mut first = UnderWay::new(connection, None);
+    loop {
+        driver.turn(&mut first.connection, true)?;
+        if first.connection.is_established()
+            && let Some(ticket) = first.ticket()?
+        {
+            first.connection.close(true, 0, b"")?;
+            transmit(&mut first.connection, &mut driver.udp, &mut driver.out)?;
+            return Ok(ticket);
+        }
+    }
+}
+
 fn handshakes(driver: &mut Driver) -> anyhow::Result<Window> {
     let mut window = Window::new(&driver.run);
-    let mut under_way: HashMap<ConnectionId<'static>, (quiche::Connection, Instant)> =
-        HashMap::new();
+    let resumed = driver.run.workload == Workload::HandshakesResumed;
+    let mut under_way: HashMap<ConnectionId<'static>, UnderWay> = HashMap::new();
     while window.tick()? {
         while under_way.len() < driver.run.outstanding {
             let start = Instant::now();
             let (id, connection) = driver.connect()?;
-            under_way.insert(id, (connection, start));
+            under_way.insert(id, UnderWay::new(connection, Some(start)));
         }
-        for (connection, _) in under_way.values_mut() {
-            transmit(connection, &mut driver.udp, &mut driver.out)?;
+        for each in under_way.values_mut() {
+            transmit(&mut each.connection, &mut driver.udp, &mut driver.out)?;
         }
-        let timeout = under_way.values().filter_map(|(connection, _)| connection.timeout()).min();
-        driver.udp.wait(Some(timeout.unwrap_or(TICK).min(TICK)))?;
-        let local = driver.udp.local();
-        driver.udp.receive(|datagram, from| {
-            let Ok(header) = quiche::Header::from_slice(datagram, CID_BYTES) else { return };
-            if let Some((connection, _)) = under_way.get_mut(&header.dcid.into_owned()) {
-                let _refused = connection.recv(datagram, quiche::RecvInfo { from, to: local });
+        driver.receive(&mut under_way)?;
+        let mut ended = Vec::new();
+        for (id, each) in &mut under_way {
+            anyhow::ensure!(!each.connection.is_timed_out(), "a handshake timed out");
+            if !each.connection.is_established() {
+                continue;
             }
-        })?;
-        for (connection, start) in under_way.values_mut() {
-            if connection.timeout() == Some(Duration::ZERO) {
-                connection.on_timeout();
-            }
-            if connection.is_established() {
+            if let Some(start) = each.start.take() {
                 window.add_op(start.elapsed());
-                connection.close(true, 0, b"")?;
-                transmit(connection, &mut driver.udp, &mut driver.out)?;
+                let was_resumed = each.connection.is_resumed();
+                anyhow::ensure!(was_resumed == resumed, "resumed: {was_resumed}, not {resumed}");
             }
-            anyhow::ensure!(!connection.is_timed_out(), "a handshake timed out");
+            if resumed {
+                let Some(ticket) = each.ticket()? else { continue };
+                driver.session = Some(ticket);
+            }
+            each.connection.close(true, 0, b"")?;
+            transmit(&mut each.connection, &mut driver.udp, &mut driver.out)?;
+            ended.push(id.clone());
         }
-        under_way.retain(|_, (connection, _)| !connection.is_established());
+        for id in ended {
+            under_way.remove(&id);
+        }
     }
     Ok(window)
+}
+
+/// Connections that do nothing.
+fn idle(driver: &mut Driver) -> anyhow::Result<()> {
+    let idle = Idle::before(&driver.run)?;
+    let mut held: HashMap<ConnectionId<'static>, UnderWay> = HashMap::new();
+    for _ in 0..driver.run.connections {
+        let (id, connection) = driver.connect()?;
+        held.insert(id.clone(), UnderWay::new(connection, None));
+        loop {
+            let connection = &mut held.get_mut(&id).expect("just inserted").connection;
+            transmit(connection, &mut driver.udp, &mut driver.out)?;
+            if connection.is_established() {
+                break;
+            }
+            anyhow::ensure!(!connection.is_closed(), "closed: {:?}", connection.peer_error());
+            driver.receive(&mut held)?;
+        }
+    }
+    let holding = idle.hold()?;
+    while !holding.is_over() {
+        driver.receive(&mut held)?;
+        for UnderWay { connection, .. } in held.values_mut() {
+            transmit(connection, &mut driver.udp, &mut driver.out)?;
+            anyhow::ensure!(!connection.is_closed(), "closed: {:?}", connection.peer_error());
+        }
+    }
+    holding.finish(STACK)
 }
 
 fn datagrams(

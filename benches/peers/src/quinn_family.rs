@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bytes::Bytes;
 use clap::Parser as _;
+use stoq_measure::idle::Idle;
 use stoq_measure::peer::{self, Cli, Command, Common, Run, Serve, Workload};
 use stoq_measure::window::Window;
 use stoq_measure::wire::{
@@ -32,7 +33,7 @@ pub(super) fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let (Command::Serve(Serve { common, .. }) | Command::Run(Run { common, .. })) = &cli.command;
     common.pin()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = stoq_peers::runtime(common.threads())?;
     match cli.command {
         Command::Serve(args) => runtime.block_on(serve(args)),
         Command::Run(args) => runtime.block_on(run(args)),
@@ -81,7 +82,7 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
     config.transport_config(transport(&args.common));
     let endpoint = endpoint(args.listen.into(), &args.common, Some(config))?;
     let settings = format!(
-        "UDP GSO and GRO, windows of {} MiB, UDP payload up to {}, Cubic, one thread; {}",
+        "UDP GSO and GRO, windows of {} MiB, UDP payload up to {}, Cubic, tokio with a thread a core; {}",
         WINDOW_BYTES >> 20,
         udp_payload(&args.common),
         stoq_peers::RUSTLS_SETTINGS
@@ -158,30 +159,80 @@ impl Client {
 }
 
 async fn run(args: Run) -> anyhow::Result<()> {
-    let tls = QuicClientConfig::try_from(stoq_peers::client_tls()?)?;
+    let (tls, sessions) = stoq_peers::client_tls_for(args.workload)?;
+    let tls = QuicClientConfig::try_from(tls)?;
     let mut config = super::q::ClientConfig::new(Arc::new(tls));
     config.transport_config(transport(&args.common));
     let any = "[::]:0".parse().context("an address")?;
     let endpoint = endpoint(any, &args.common, None)?;
     let client = Client { endpoint, config, run: args.clone() };
-    let connection = client.connect().await?;
+    if args.workload == Workload::Idle {
+        return idle(&client).await;
+    }
+    let mut connections = Vec::new();
+    for _ in 0..if args.workload.is_handshakes() { 1 } else { args.connections } {
+        connections.push(client.connect().await?);
+    }
+    if sessions.is_some() {
+        ask(&connections[0]).await?;
+    }
     let window: Shared = Arc::new(Mutex::new(Window::new(&args)));
     match args.workload {
-        Workload::Upload | Workload::Download | Workload::Bidi => {
-            bulk(&connection, args.workload, &window).await?;
+        workload if workload.is_handshakes() => handshakes(&client, &window).await?,
+        workload => {
+            let mut tasks = Vec::new();
+            for connection in &connections {
+                let (connection, args, window) = (connection.clone(), args.clone(), window.clone());
+                tasks.push(tokio::spawn(async move {
+                    match workload {
+                        Workload::Requests => requests(&connection, &args, &window).await,
+                        Workload::Datagrams => datagrams(&connection, args.size, &window).await,
+                        _ => bulk(&connection, workload, &window).await,
+                    }
+                }));
+            }
+            for task in tasks {
+                task.await??;
+            }
         }
-        Workload::Requests => requests(&connection, &args, &window).await?,
-        Workload::Handshakes => handshakes(&client, &window).await?,
-        Workload::Datagrams => datagrams(&connection, args.size, &window).await?,
     }
-    let (udp_payload, packets_lost) = path(&connection);
-    lock(&window).set_path(udp_payload, packets_lost);
+    stoq_peers::check_resumed(sessions.as_deref(), lock(&window).ops())?;
+    let (udp_payload, _) = path(&connections[0]);
+    let lost = connections.iter().map(|connection| path(connection).1).sum();
+    lock(&window).set_path(udp_payload, lost);
     let window = std::mem::replace(&mut *lock(&window), Window::new(&args));
     window.finish(STACK)?;
-    connection.close(VarInt::from_u32(0), b"done");
+    for connection in connections {
+        connection.close(VarInt::from_u32(0), b"done");
+    }
     // The server forgets us by itself; only give the close a chance to leave.
     let _elapsed =
         tokio::time::timeout(Duration::from_millis(200), client.endpoint.wait_idle()).await;
+    Ok(())
+}
+
+/// Connections that do nothing.
+async fn idle(client: &Client) -> anyhow::Result<()> {
+    let idle = Idle::before(&client.run)?;
+    let mut connections = Vec::new();
+    for _ in 0..client.run.connections {
+        connections.push(client.connect().await?);
+    }
+    let holding = idle.hold()?;
+    while !holding.is_over() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let lost = connections.iter().find_map(|connection| connection.close_reason());
+        anyhow::ensure!(lost.is_none(), "a connection ended: {lost:?}");
+    }
+    holding.finish(STACK)
+}
+
+/// One empty request: when it is answered, the tickets have come, too.
+async fn ask(connection: &Connection) -> anyhow::Result<()> {
+    let (mut send, mut recv) = connection.open_bi().await?;
+    send.write_chunk(Bytes::from(request(0, 0))).await?;
+    send.finish()?;
+    while chunk(&mut recv).await?.is_some() {}
     Ok(())
 }
 
@@ -251,11 +302,15 @@ async fn requests(connection: &Connection, args: &Run, window: &Shared) -> anyho
 }
 
 async fn handshakes(client: &Client, window: &Shared) -> anyhow::Result<()> {
+    let resumed = client.run.workload == Workload::HandshakesResumed;
     let one_after_another = || async {
         loop {
             let start = Instant::now();
             let connection = client.connect().await?;
             let latency = start.elapsed();
+            if resumed {
+                ask(&connection).await?;
+            }
             connection.close(VarInt::from_u32(0), b"");
             let mut window = lock(window);
             window.add_op(latency);

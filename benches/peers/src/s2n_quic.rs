@@ -14,6 +14,7 @@ use s2n_quic::provider::limits::Limits;
 use s2n_quic::provider::tls::default as tls;
 use s2n_quic::stream::{BidirectionalStream, ReceiveStream, SendStream};
 use s2n_quic::{Client, Connection, Server};
+use stoq_measure::idle::Idle;
 use stoq_measure::peer::{self, Cli, Command, Common, Run, Serve, Workload};
 use stoq_measure::window::Window;
 use stoq_measure::wire::{
@@ -41,7 +42,7 @@ fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let (Command::Serve(Serve { common, .. }) | Command::Run(Run { common, .. })) = &cli.command;
     common.pin()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = stoq_peers::runtime(common.threads())?;
     match cli.command {
         Command::Serve(args) => runtime.block_on(serve(args)),
         Command::Run(args) => runtime.block_on(run(args)),
@@ -86,7 +87,10 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
     let files = CertificateFiles::create()?;
     let (certificate, key) =
         (std::fs::read_to_string(files.certificate())?, std::fs::read_to_string(files.key())?);
-    let tls = tls::Server::builder()
+    let mut tls = tls::Server::builder();
+    // Its default has no post-quantum group; everybody agrees on the same key exchange here.
+    tls.config_mut().set_security_policy(&s2n_tls::security::DEFAULT_PQ).map_err(any)?;
+    let tls = tls
         .with_certificate(certificate.as_str(), key.as_str())
         .map_err(any)?
         .with_application_protocols([ALPN].iter())
@@ -101,7 +105,7 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
         .start()
         .map_err(any)?;
     let settings = format!(
-        "UDP GSO and GRO, windows of {} MiB, MTU up to {}, Cubic, one thread; s2n-tls (client: rustls), AES-128-GCM",
+        "UDP GSO and GRO, windows of {} MiB, MTU up to {}, Cubic, tokio with a thread a core; s2n-tls (client: rustls), AES-128-GCM, X25519MLKEM768",
         WINDOW_BYTES >> 20,
         mtu(&args.common)
     );
@@ -196,21 +200,68 @@ async fn run(args: Run) -> anyhow::Result<()> {
         .with_datagram(datagrams_endpoint()?)?
         .start()
         .map_err(any)?;
-    let mut connection = connect(&client, &args).await?;
-    let window: Shared = Arc::new(Mutex::new(Window::new(&args)));
     match args.workload {
-        Workload::Upload | Workload::Download | Workload::Bidi => {
-            let stream = connection.open_bidirectional_stream().await?;
-            bulk(stream, args.workload, &window).await?;
+        Workload::Idle => return idle(&client, &args).await,
+        // Its s2n-tls gives out session tickets only by a key that its builder does not take.
+        Workload::HandshakesResumed => {
+            peer::unsupported(
+                STACK,
+                args.workload,
+                "its default TLS server issues no session tickets",
+            );
+            return Ok(());
         }
-        Workload::Requests => requests(&connection, &args, &window).await?,
-        Workload::Handshakes => handshakes(&client, &args, &window).await?,
-        Workload::Datagrams => datagrams(&connection, args.size, &window).await?,
+        _ => {}
+    }
+    let window: Shared = Arc::new(Mutex::new(Window::new(&args)));
+    if args.workload == Workload::Handshakes {
+        handshakes(&client, &args, &window).await?;
+    } else {
+        let mut tasks = Vec::new();
+        for _ in 0..args.connections {
+            let connection = connect(&client, &args).await?;
+            tasks.push(tokio::spawn(one(connection, args.clone(), window.clone())));
+        }
+        for task in tasks {
+            task.await??;
+        }
     }
     let window = std::mem::replace(&mut *lock(&window), Window::new(&args));
-    window.finish(STACK)?;
+    window.finish(STACK)
+}
+
+/// One connection's part of a workload.
+async fn one(mut connection: Connection, args: Run, window: Shared) -> anyhow::Result<()> {
+    match args.workload {
+        Workload::Requests => requests(&connection, &args, &window).await?,
+        Workload::Datagrams => datagrams(&connection, args.size, &window).await?,
+        workload => {
+            let stream = connection.open_bidirectional_stream().await?;
+            bulk(stream, workload, &window).await?;
+        }
+    }
     connection.close(0u32.into());
     Ok(())
+}
+
+/// Connections that do nothing.
+async fn idle(client: &Client, args: &Run) -> anyhow::Result<()> {
+    let idle = Idle::before(args)?;
+    let mut connections = Vec::new();
+    for _ in 0..args.connections {
+        let mut connection = connect(client, args).await?;
+        // It ends connections without streams unless told.
+        connection.keep_alive(true)?;
+        connections.push(connection);
+    }
+    let holding = idle.hold()?;
+    while !holding.is_over() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for connection in &mut connections {
+        connection.ping().context("a connection ended while it was held")?;
+    }
+    holding.finish(STACK)
 }
 
 async fn bulk(

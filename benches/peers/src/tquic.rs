@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bytes::Bytes;
 use clap::Parser as _;
+use stoq_measure::idle::Idle;
 use stoq_measure::peer::{self, Cli, Command, Common, Run, Serve, Workload};
 use stoq_measure::window::Window;
-use stoq_measure::wire::{ALPN, WINDOW_BYTES};
+use stoq_measure::wire::{ALPN, COUNT_BYTES, WINDOW_BYTES, request};
 use stoq_peers::CertificateFiles;
 use stoq_peers::streams::{ClientStreams, ServerStreams, Streams};
 use stoq_peers::udp::Udp;
@@ -201,7 +202,12 @@ struct Shared {
     window: Window,
     streams: ClientStreams,
     started: HashMap<u64, Instant>,
-    established: bool,
+    /// Handshakes completed.
+    established: usize,
+    /// Connections whose request for a ticket is not answered.
+    asking: usize,
+    /// The newest ticket, for handshakes that resume.
+    session: Option<Vec<u8>>,
     closed: Option<String>,
 }
 
@@ -223,22 +229,33 @@ impl TransportHandler for Handler {
 
     fn on_conn_established(&mut self, connection: &mut Connection) {
         let shared = &mut *self.0.borrow_mut();
-        shared.established = true;
-        if shared.run.workload == Workload::Handshakes {
-            if let Some(start) = connection.index().and_then(|index| shared.started.remove(&index))
-            {
-                shared.window.add_op(start.elapsed());
-            }
-            // Closed already is as good.
-            let _closed = connection.close(true, 0, b"");
-            return;
+        shared.established += 1;
+        let start = connection.index().and_then(|index| shared.started.remove(&index));
+        if let Some(start) = start.filter(|_| shared.run.workload.is_handshakes()) {
+            shared.window.add_op(start.elapsed());
         }
-        Self::start(shared, connection);
+        match shared.run.workload {
+            Workload::Idle => {}
+            Workload::Handshakes => {
+                // Closed already is as good.
+                let _closed = connection.close(true, 0, b"");
+            }
+            Workload::HandshakesResumed => {
+                if start.is_some() && !connection.is_resumed() {
+                    shared.closed = Some("a handshake was not resumed".to_owned());
+                }
+                shared.asking += 1;
+                if Io(connection).write(0, &request(0, 0), true) != Some(COUNT_BYTES) {
+                    shared.closed = Some("no request could be made".to_owned());
+                }
+            }
+            _ => Self::start(shared, connection),
+        }
     }
 
     fn on_conn_closed(&mut self, connection: &mut Connection) {
         let shared = &mut *self.0.borrow_mut();
-        if shared.run.workload != Workload::Handshakes {
+        if !shared.run.workload.is_handshakes() {
             shared.closed = Some(format!("{:?}", connection.peer_error()));
         }
     }
@@ -247,6 +264,15 @@ impl TransportHandler for Handler {
 
     fn on_stream_readable(&mut self, connection: &mut Connection, stream: u64) {
         let shared = &mut *self.0.borrow_mut();
+        if shared.run.workload == Workload::HandshakesResumed {
+            let mut answer = [0; 64];
+            if let Some((_, true)) = Io(connection).read(stream, &mut answer) {
+                shared.asking -= 1;
+                shared.session = connection.session().map(<[u8]>::to_vec).or(shared.session.take());
+                let _closed = connection.close(true, 0, b"");
+            }
+            return;
+        }
         shared.streams.handle_readable(&mut Io(connection), stream, &mut shared.window);
         if shared.run.workload == Workload::Requests {
             Self::start(shared, connection);
@@ -285,7 +311,9 @@ fn run(args: &Run) -> anyhow::Result<()> {
         window: Window::new(args),
         streams: ClientStreams::new(args),
         started: HashMap::new(),
-        established: false,
+        established: 0,
+        asking: 0,
+        session: None,
         closed: None,
     }));
     let udp = Udp::towards(args.connect.into())?;
@@ -293,29 +321,53 @@ fn run(args: &Run) -> anyhow::Result<()> {
     let mut client = Loop::new(config, false, handler, udp);
     let connect = |client: &mut Loop| {
         let local = client.local;
+        let session = shared.borrow().session.clone();
         let endpoint = &mut client.endpoint;
         endpoint
-            .connect(local, args.connect.into(), Some("localhost"), None, None, None)
+            .connect(local, args.connect.into(), Some("localhost"), session.as_deref(), None, None)
             .context("connecting")
     };
-    if args.workload != Workload::Handshakes {
-        connect(&mut client)?;
+    let turn = |client: &mut Loop| {
+        client.turn()?;
+        match &shared.borrow().closed {
+            Some(reason) => Err(anyhow::anyhow!("closed: {reason}")),
+            None => Ok(()),
+        }
+    };
+    match args.workload {
+        Workload::Idle => {
+            let idle = Idle::before(args)?;
+            for made in 1..=args.connections {
+                connect(&mut client)?;
+                while shared.borrow().established < made {
+                    turn(&mut client)?;
+                }
+            }
+            let holding = idle.hold()?;
+            while !holding.is_over() {
+                turn(&mut client)?;
+            }
+            return holding.finish(STACK);
+        }
+        Workload::Handshakes => {}
+        _ => {
+            connect(&mut client)?;
+        }
     }
+    while args.workload == Workload::HandshakesResumed && shared.borrow().session.is_none() {
+        turn(&mut client)?;
+    }
+    let under_way = || shared.borrow().started.len() + shared.borrow().asking;
     while shared.borrow_mut().window.tick()? {
-        while args.workload == Workload::Handshakes
-            && shared.borrow().started.len() < args.outstanding
-        {
+        while args.workload.is_handshakes() && under_way() < args.outstanding {
             let start = Instant::now();
             let index = connect(&mut client)?;
             shared.borrow_mut().started.insert(index, start);
         }
-        client.turn()?;
-        if let Some(reason) = &shared.borrow().closed {
-            anyhow::bail!("closed: {reason}");
-        }
+        turn(&mut client)?;
     }
     let mut shared = shared.borrow_mut();
-    anyhow::ensure!(shared.established, "no handshake was completed");
+    anyhow::ensure!(shared.established > 0, "no handshake was completed");
     shared.window.set_path(Some(client.udp.borrow().largest() as u64), None);
     let window = std::mem::replace(&mut shared.window, Window::new(args));
     window.finish(STACK)?;

@@ -39,6 +39,19 @@ impl LinkKind {
     }
 }
 
+/// What a link shall be like.
+#[derive(Debug, Clone, Copy)]
+pub struct Way {
+    /// Its MTU, bytes.
+    pub mtu: u32,
+    /// Queues of each end.
+    pub queues: u32,
+    /// AF_XDP is at work: checksums must be complete.
+    pub per_packet: bool,
+    /// Nothing may merge or split packets on the way.
+    pub wire: bool,
+}
+
 /// A link that is up.
 pub enum Field {
     /// In this namespace.
@@ -53,9 +66,8 @@ pub enum Field {
 }
 
 impl Field {
-    /// Sets the link up for one run. `per_packet`: AF_XDP is at work, checksums must be complete;
-    /// `wire`: nothing may merge or split packets on the way.
-    pub fn open(kind: &LinkKind, mtu: u32, per_packet: bool, wire: bool) -> anyhow::Result<Self> {
+    /// Sets the link up for one run, the `index`th of those that run at the same time.
+    pub fn open(kind: &LinkKind, way: &Way, index: usize) -> anyhow::Result<Self> {
         match kind {
             LinkKind::Lo => {
                 let server = SocketAddrV6::new(Ipv6Addr::LOCALHOST, free_port()?, 0, 0);
@@ -65,9 +77,18 @@ impl Field {
                 Ok(Self::Here { server: *connect, interface: Some(interface.clone()) })
             }
             LinkKind::Veth => {
-                let options = PairOptions { mtu, queues: 1, tx_checksum_offload: !per_packet };
-                let pair = VethPair::create(&std::process::id().to_string(), options)?;
-                for end in [&pair.client, &pair.server].into_iter().filter(|_| wire) {
+                let options = PairOptions {
+                    mtu: way.mtu,
+                    queues: way.queues,
+                    tx_checksum_offload: !way.per_packet,
+                };
+                // Who dies leaves names with its process ID, by which they are found and removed.
+                let name = match index {
+                    0 => std::process::id().to_string(),
+                    _ => format!("{index}-{}", std::process::id()),
+                };
+                let pair = VethPair::create(&name, options)?;
+                for end in [&pair.client, &pair.server].into_iter().filter(|_| way.wire) {
                     one_by_one(end)?;
                 }
                 Ok(Self::Pair(pair))

@@ -7,8 +7,10 @@
 //! are set aside (see [`steal`]).
 
 mod field;
+mod goals;
 mod html;
 mod machine;
+mod measure;
 mod probe;
 mod program;
 mod stack;
@@ -20,28 +22,20 @@ mod workload;
 use std::collections::BTreeMap;
 use std::net::SocketAddrV6;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args as ClapArgs;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use self::field::{Field, LinkKind};
+use self::field::LinkKind;
+use self::goals::Goal;
 use self::machine::Machine;
-use self::program::Program;
-use self::stack::{LEFT_OUT, PEERS, Place, Stack};
-use self::steal::Watch;
+use self::stack::{LEFT_OUT, PEERS, Stack};
 use self::summary::{Ending, Record, Row};
 use self::workload::Task;
 use crate::{interrupt, netns, output, proc};
 
-/// How long a server may take to listen.
-const LISTEN_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a client may take beyond its measurement.
-const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bytes of IPv6 and UDP headers in a packet.
-const HEADER_BYTES: u32 = 48;
 /// Length of a run with `--quick`, seconds.
 const QUICK_SECONDS: f64 = 1.0;
 
@@ -54,7 +48,7 @@ pub struct Args {
     /// STOQ's datapaths, comma-separated. Default: io_uring and socket, and af_xdp on veth and NICs.
     #[arg(long, value_delimiter = ',')]
     datapaths: Vec<String>,
-    /// Workloads, comma-separated.
+    /// Workloads, comma-separated; `all`: every one that the cores allow.
     #[arg(long, value_delimiter = ',', default_value = workload::DEFAULT)]
     workloads: Vec<String>,
     /// Link: lo, veth (root), or an interface towards `--connect`.
@@ -79,8 +73,9 @@ pub struct Args {
     /// Short runs of 1 s.
     #[arg(long)]
     quick: bool,
-    /// The client's core and the server's. Default: the two highest.
-    #[arg(long, value_delimiter = ',', num_args = 1..=2)]
+    /// The client's core and the server's; for workloads on two cores a side, the second client core
+    /// and the second server core, too. Default: from the highest down.
+    #[arg(long, value_delimiter = ',')]
     cores: Vec<usize>,
     /// Cores closer than this are near, ns one way.
     #[arg(long, default_value_t = 100.0)]
@@ -113,8 +108,8 @@ pub struct Report {
     rounds: u32,
     /// Length of each measurement.
     seconds: f64,
-    /// The client's core and the server's.
-    cores: [usize; 2],
+    /// The client's core and the server's; then those of two cores a side, where there are some.
+    cores: Vec<[usize; 2]>,
     /// Below this core-to-core latency a run is near.
     near_ns: f64,
     /// How it was started.
@@ -127,6 +122,8 @@ pub struct Report {
     doctor: Option<Value>,
     /// The rows.
     rows: Vec<Row>,
+    /// What is to be reached, and whether this run shows that it is.
+    goals: Vec<Goal>,
 }
 
 impl Report {
@@ -138,11 +135,21 @@ impl Report {
             mtu => format!("MTU {mtu}"),
         };
         let wire = if self.wire { ", packets one by one" } else { "" };
+        let second = match self.cores[..] {
+            [_, [client, server], ..] => format!(" (two a side: {client} and {server}, too)"),
+            _ => String::new(),
+        };
         format!(
-            "Link {}, {mtu}{wire}; {} rounds of {} s, interleaved; client on core {}, server on core {}; \
+            "Link {}, {mtu}{wire}; {} rounds of {} s, interleaved; client on core {}, server on core {}{}; \
              near: below {} ns from core to core; stolen: the hypervisor took a core away. \
              `STOQ is`: the best STOQ datapath's median over this one's.",
-            self.link, self.rounds, self.seconds, self.cores[0], self.cores[1], self.near_ns
+            self.link,
+            self.rounds,
+            self.seconds,
+            self.cores[0][0],
+            self.cores[0][1],
+            second,
+            self.near_ns
         )
     }
 }
@@ -167,6 +174,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         for absent in &report.absent {
             println!("* {absent}");
         }
+        println!("{}", goals::markdown(&report.goals));
     }
     if let Some(path) = &args.html {
         std::fs::write(path, html::page(&report))
@@ -184,7 +192,8 @@ struct Comparison {
     stacks: Vec<Stack>,
     absent: Vec<String>,
     tasks: Vec<Task>,
-    cores: [usize; 2],
+    /// The client's core and the server's, pair by pair.
+    cores: Vec<[usize; 2]>,
     seconds: f64,
     settings: BTreeMap<String, String>,
 }
@@ -202,128 +211,18 @@ impl Comparison {
         anyhow::ensure!(!stacks.is_empty(), "nothing to compare: {}", absent.join("; "));
         let seconds = if args.quick { QUICK_SECONDS } else { args.seconds };
         let warm_up = if args.quick { 0.3 } else { 0.5 };
-        let tasks = args.workloads.iter().map(|name| Task::named(name, seconds, warm_up));
-        let count = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let cores = match args.cores[..] {
-            [client, server] => [client, server],
-            [both] => [both, both],
-            _ => [count - 1, count.saturating_sub(2)],
-        };
+        let cores = core_pairs(&args.cores)?;
+        let tasks = Task::list(&args.workloads, cores.len(), seconds, warm_up)?;
         Ok(Self {
             machine: Machine::look(),
             link,
             stacks,
             absent,
-            tasks: tasks.collect::<anyhow::Result<_>>()?,
+            tasks,
             cores,
             seconds,
             settings: BTreeMap::new(),
         })
-    }
-
-    fn measure(&mut self, args: &Args) -> anyhow::Result<Vec<Record>> {
-        let mut records = Vec::new();
-        let total = args.rounds as usize * self.tasks.len() * self.stacks.len();
-        for round in 1..=args.rounds {
-            for task in self.tasks.clone() {
-                for stack in self.stacks.clone() {
-                    let record = self.record(args, round, &task, &stack)?;
-                    if args.json {
-                        output::json_line(&json!({"event": "run", "run": record}))?;
-                    }
-                    records.push(record);
-                    let last = records.last().expect("just pushed");
-                    tell(last, records.len(), total);
-                }
-            }
-        }
-        Ok(records)
-    }
-
-    /// One run between two probes. Its failure is a finding, a signal ends everything.
-    fn record(
-        &mut self,
-        args: &Args,
-        round: u32,
-        task: &Task,
-        stack: &Stack,
-    ) -> anyhow::Result<Record> {
-        interrupt::check()?;
-        let before = probe::core_to_core_ns(self.cores)?;
-        let watch = Watch::start(self.cores);
-        let ending = match self.once(args, task, stack) {
-            Ok(ending) => ending,
-            Err(error) => {
-                interrupt::check()?;
-                Ending::Failed(format!("{error:#}"))
-            }
-        };
-        let stolen_share = watch.stolen_share();
-        let after = probe::core_to_core_ns(self.cores)?;
-        Ok(Record {
-            workload: task.name.to_owned(),
-            unit: task.unit(),
-            stack: stack.name.clone(),
-            is_stoq: stack.is_stoq(),
-            round,
-            probe_ns: [before, after],
-            near: [before, after].iter().all(|ns| ns.is_some_and(|ns| ns < args.near_ns)),
-            stolen_share,
-            ending,
-        })
-    }
-
-    fn once(&mut self, args: &Args, task: &Task, stack: &Stack) -> anyhow::Result<Ending> {
-        let field = Field::open(&self.link, args.mtu, stack.is_af_xdp(), args.wire)?;
-        let [client_interface, server_interface] = field.interfaces();
-        let udp_payload = u16::try_from(args.mtu.saturating_sub(HEADER_BYTES)).unwrap_or(0);
-        let place = |core, interface| Place { core, interface, udp_payload };
-        let server = match self.link {
-            LinkKind::Nic { .. } => None,
-            _ => {
-                let place = place(self.cores[1], server_interface);
-                let command = field.server_side(stack.server(field.server_addr(), &place)?);
-                Some(self.listening(command, stack)?)
-            }
-        };
-        let place = place(self.cores[0], client_interface);
-        let pid = server.as_ref().map(Program::id);
-        let command = field.client_side(stack.client(task, field.server_addr(), pid, &place)?);
-        let mut client = Program::start(command, format!("{} client", stack.name))?;
-        let limit = CLIENT_TIMEOUT + Duration::from_secs_f64(task.seconds + task.warm_up);
-        let told = client.event(&["done", "unsupported"], limit)?;
-        client.stop()?;
-        if let Some(mut server) = server {
-            server.stop()?;
-        }
-        if told["event"] == "unsupported" {
-            return Ok(Ending::Unsupported(told["why"].as_str().unwrap_or("").to_owned()));
-        }
-        let outcome = serde_json::from_value(told).context("the client's report")?;
-        Ok(Ending::Done(Box::new(outcome)))
-    }
-
-    /// Starts a server, waits until it listens, keeps what it says about itself.
-    fn listening(
-        &mut self,
-        command: std::process::Command,
-        stack: &Stack,
-    ) -> anyhow::Result<Program> {
-        let mut server = Program::start(command, format!("{} server", stack.name))?;
-        let told = server.event(&["listening"], LISTEN_TIMEOUT)?;
-        let settings = told["settings"].as_str().map_or_else(
-            || {
-                let word = |key: &str| told[key].as_str().unwrap_or("").to_owned();
-                format!(
-                    "defaults (BBRv2, windows of 16 MiB); {} ({})",
-                    word("datapath"),
-                    word("mode")
-                )
-            },
-            str::to_owned,
-        );
-        self.settings.insert(stack.name.clone(), settings);
-        Ok(server)
     }
 
     fn report(&self, args: &Args, records: &[Record]) -> Report {
@@ -333,6 +232,9 @@ impl Comparison {
             }
             _ => None,
         };
+        let rows = summary::rows(records);
+        let link = self.link.name();
+        let goals = goals::judge(&goals::Run { rows: &rows, link, mtu: args.mtu, wire: args.wire });
         Report {
             event: "summary",
             machine: self.machine.clone(),
@@ -341,13 +243,14 @@ impl Comparison {
             wire: args.wire,
             rounds: args.rounds,
             seconds: self.seconds,
-            cores: self.cores,
+            cores: self.cores.clone(),
             near_ns: args.near_ns,
             command: command_line(),
             settings: self.settings.clone(),
             absent: self.absent.clone(),
             doctor,
-            rows: summary::rows(records),
+            rows,
+            goals,
         }
     }
 }
@@ -357,6 +260,24 @@ fn command_line() -> String {
     let words = std::env::args().skip(1);
     let mut command = std::process::Command::new("stoq");
     proc::describe(command.args(words))
+}
+
+/// The client's core and the server's, once or twice; one core alone is both.
+fn core_pairs(cores: &[usize]) -> anyhow::Result<Vec<[usize; 2]>> {
+    match *cores {
+        [] => {
+            let count = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            let pairs = vec![[count - 1, count.saturating_sub(2)]];
+            let second = (count >= 4).then(|| [count - 3, count - 4]);
+            Ok(pairs.into_iter().chain(second).collect())
+        }
+        [both] => Ok(vec![[both, both]]),
+        [client, server] => Ok(vec![[client, server]]),
+        [client, server, second_client, second_server] => {
+            Ok(vec![[client, server], [second_client, second_server]])
+        }
+        _ => anyhow::bail!("--cores: one, two (client, server) or four, not {}", cores.len()),
+    }
 }
 
 fn link(args: &Args) -> anyhow::Result<LinkKind> {
@@ -400,7 +321,9 @@ fn stacks(args: &Args, link: &LinkKind) -> anyhow::Result<(Vec<Stack>, Vec<Strin
         }
     };
     let wanted: Vec<&str> = match &args.peers[..] {
-        [] => PEERS.iter().map(|peer| peer.0).chain(LEFT_OUT.iter().map(|peer| peer.0)).collect(),
+        [] => {
+            PEERS.iter().map(|peer| peer.name).chain(LEFT_OUT.iter().map(|peer| peer.0)).collect()
+        }
         [none] if none == "none" => Vec::new(),
         named => named.iter().map(String::as_str).collect(),
     };
@@ -421,11 +344,8 @@ fn stacks(args: &Args, link: &LinkKind) -> anyhow::Result<(Vec<Stack>, Vec<Strin
 fn tell(record: &Record, number: usize, total: usize) {
     let result = match &record.ending {
         Ending::Done(outcome) => {
-            let value = match record.unit {
-                workload::Unit::GoodputBps => outcome.goodput_bps,
-                workload::Unit::OpsPerS => outcome.ops_per_s,
-            };
-            table::rate(record.unit, value)
+            let value = record.unit.of(outcome);
+            value.map_or_else(|| "no value".to_owned(), |value| table::rate(record.unit, value))
         }
         Ending::Unsupported(why) => format!("cannot: {why}"),
         Ending::Failed(why) => format!("failed: {why}"),
@@ -441,7 +361,7 @@ fn tell(record: &Record, number: usize, total: usize) {
         _ => String::new(),
     };
     eprintln!(
-        "[{number}/{total}] round {} {:<12} {:<14} {result}  ({near}: {before}, {after}{stolen})",
+        "[{number}/{total}] round {} {:<18} {:<14} {result}  ({near}: {before}, {after}{stolen})",
         record.round, record.workload, record.stack
     );
 }
@@ -451,6 +371,7 @@ pub mod tests {
     use super::*;
 
     pub fn report(rows: Vec<Row>) -> Report {
+        let goals = goals::judge(&goals::Run { rows: &rows, link: "lo", mtu: 1500, wire: false });
         Report {
             event: "summary",
             machine: Machine::look(),
@@ -459,13 +380,14 @@ pub mod tests {
             wire: false,
             rounds: 1,
             seconds: 1.0,
-            cores: [3, 2],
+            cores: vec![[3, 2]],
             near_ns: 100.0,
             command: "stoq compare".into(),
             settings: BTreeMap::from([("quinn".into(), "GSO".into())]),
             absent: vec!["quiche: not built".into()],
             doctor: None,
             rows,
+            goals,
         }
     }
 
@@ -492,6 +414,8 @@ pub mod tests {
         assert!(refused("--link lo --connect [::1]:1").contains("--connect"));
         assert!(refused("--peers nosuch").contains("nosuch"));
         assert!(refused("--peers none --workloads nosuch").contains("nosuch"));
+        assert!(refused("--peers none --cores 1,2,3").contains("--cores"));
+        assert!(refused("--peers none --cores 0,1 --workloads bulk-2+2").contains("bulk-2+2"));
         assert!(refused("--peers tcp --peer-dir /nonexistent").contains("not built"));
     }
 

@@ -19,6 +19,19 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// What the partner sees at the end.
 const STOP: u64 = u64::MAX;
 
+/// The latency between the two cores that are farthest apart of several pairs; as
+/// [`core_to_core_ns`].
+///
+/// # Errors
+/// A core is not ours to use.
+pub fn farthest_ns(pairs: &[[usize; 2]]) -> anyhow::Result<Option<f64>> {
+    let mut farthest = Some(0.0);
+    for pair in pairs {
+        farthest = farthest.zip(core_to_core_ns(*pair)?).map(|(a, b): (f64, f64)| a.max(b));
+    }
+    Ok(farthest)
+}
+
 /// One-way latency from core to core, nanoseconds: the smallest of many readings. `None` when
 /// others hold a core all the time.
 ///
@@ -102,6 +115,8 @@ mod tests {
             assert!(ns > 1.0 && ns < 1e6, "{ns} ns");
         }
         assert_eq!(core_to_core_ns([cores[0]; 2]).expect("one core"), Some(0.0));
+        assert_eq!(farthest_ns(&[[cores[0]; 2]; 2]).expect("one core"), Some(0.0));
+        assert!(farthest_ns(&[[cores[0]; 2], [cores[0], CpuSet::MAX_CPU - 1]]).is_err());
         assert!(core_to_core_ns([cores[0], CpuSet::MAX_CPU - 1]).is_err());
     }
 }

@@ -16,23 +16,23 @@ const STEAL_COLUMN: usize = 7;
 /// Readings at the start of a run.
 #[derive(Debug)]
 pub struct Watch {
-    cores: [usize; 2],
+    cores: Vec<usize>,
     start: Instant,
-    ticks: [Option<u64>; 2],
+    ticks: Vec<Option<u64>>,
 }
 
 impl Watch {
     /// Starts to watch.
     #[must_use]
-    pub fn start(cores: [usize; 2]) -> Self {
-        Self { cores, start: Instant::now(), ticks: read(cores) }
+    pub fn start(cores: Vec<usize>) -> Self {
+        Self { start: Instant::now(), ticks: read(&cores), cores }
     }
 
     /// The largest share of the time since the start that one of the cores was away; `None` where
     /// the kernel does not say.
     #[must_use]
     pub fn stolen_share(&self) -> Option<f64> {
-        share(self.ticks, read(self.cores), self.start.elapsed())
+        share(&self.ticks, &read(&self.cores), self.start.elapsed())
     }
 }
 
@@ -42,18 +42,18 @@ pub fn is_disturbed(stolen_share: Option<f64>) -> bool {
     stolen_share.is_some_and(|share| share > STOLEN_SHARE_MAX)
 }
 
-fn share(before: [Option<u64>; 2], after: [Option<u64>; 2], elapsed: Duration) -> Option<f64> {
-    let stolen = before.into_iter().zip(after).filter_map(|(before, after)| {
-        let ticks = after?.saturating_sub(before?);
+fn share(before: &[Option<u64>], after: &[Option<u64>], elapsed: Duration) -> Option<f64> {
+    let stolen = before.iter().zip(after).filter_map(|(before, after)| {
+        let ticks = (*after)?.saturating_sub((*before)?);
         Some(ticks as f64 / TICKS_PER_S / elapsed.as_secs_f64().max(f64::MIN_POSITIVE))
     });
     stolen.max_by(f64::total_cmp)
 }
 
-fn read(cores: [usize; 2]) -> [Option<u64>; 2] {
+fn read(cores: &[usize]) -> Vec<Option<u64>> {
     // Unreadable, as in some sandboxes: nothing is known about it, and no run is called disturbed.
     let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    cores.map(|core| steal_ticks(&text, core))
+    cores.iter().map(|core| steal_ticks(&text, *core)).collect()
 }
 
 fn steal_ticks(stat: &str, core: usize) -> Option<u64> {
@@ -73,13 +73,13 @@ mod tests {
         assert_eq!(steal_ticks(stat, 1), Some(8));
         assert_eq!(steal_ticks(stat, 10), Some(44));
         assert_eq!(steal_ticks(stat, 0), None);
-        assert!(read([0, 0])[0].is_some(), "this machine has a core 0");
+        assert!(read(&[0])[0].is_some(), "this machine has a core 0");
     }
 
     #[test]
     fn a_twentieth_is_allowed() {
         let share = |ticks: u64| {
-            share([Some(100), Some(5)], [Some(100 + ticks), Some(5)], Duration::from_secs(2))
+            share(&[Some(100), Some(5)], &[Some(100 + ticks), Some(5)], Duration::from_secs(2))
         };
         assert!(!is_disturbed(share(10)), "100 ms of 2 s");
         assert!(is_disturbed(share(11)));

@@ -89,15 +89,19 @@ pub struct Row {
     pub disturbed: usize,
     /// Whether every measured run was disturbed, so that those count.
     pub all_disturbed: bool,
-    /// Rates; `None` when no run was measured.
+    /// Values in the row's unit; `None` when no run was measured.
     pub rate: Option<Spread>,
     /// CPU seconds of both ends for each 10⁹ bytes.
     pub cpu_s_per_gb: Option<f64>,
+    /// Share of a core that the server took, 0 to 1 for each core that it had.
+    pub server_cpu_share: Option<f64>,
     /// Medians of the latency quantiles, µs.
     pub latency_us: Option<LatencyUs>,
+    /// Medians of further quantiles: quantile and µs.
+    pub latency_curve_us: Vec<(f64, f64)>,
     /// Median of the largest UDP payload used.
     pub udp_payload: Option<f64>,
-    /// The best STOQ row's rate over this one's: above 1, STOQ is faster.
+    /// How many times better the best STOQ row is than this one: above 1, STOQ is ahead.
     pub stoq_is: Option<f64>,
     /// Runs that failed, and what the last one said; or why the stack cannot do this.
     pub note: Option<String>,
@@ -144,12 +148,12 @@ pub fn rows(records: &[Record]) -> Vec<Row> {
         })
         .collect();
     for index in 0..rows.len() {
-        let best = rows
-            .iter()
-            .filter(|row| row.is_stoq && row.workload == rows[index].workload)
-            .filter_map(|row| row.rate.map(|rate| rate.median))
-            .max_by(f64::total_cmp);
-        rows[index].stoq_is = best.zip(rows[index].rate).map(|(best, rate)| best / rate.median);
+        let (unit, workload) = (rows[index].unit, &rows[index].workload);
+        let stoq = rows.iter().filter(|row| row.is_stoq && row.workload == *workload);
+        let best = unit.best(stoq.filter_map(|row| row.rate.map(|rate| rate.median)));
+        rows[index].stoq_is = best.zip(rows[index].rate).map(|(best, rate)| {
+            if unit.more_is_better() { best / rate.median } else { rate.median / best }
+        });
     }
     rows
 }
@@ -169,9 +173,9 @@ fn row(records: &[&Record]) -> Row {
     let disturbed = done.iter().filter(|(_, rank)| *rank == 0).count();
     let all_disturbed = best == Some(0);
     let unit = records[0].unit;
-    let rate = |outcome: &&Outcome| match unit {
-        Unit::GoodputBps => outcome.goodput_bps,
-        Unit::OpsPerS => outcome.ops_per_s,
+    let server_share = |outcome: &&Outcome| {
+        let server = outcome.server?;
+        Some((server.cpu_user_s + server.cpu_sys_s) / outcome.seconds)
     };
     let latency = |quantile: fn(&LatencyUs) -> f64| {
         median(counted.iter().filter_map(|outcome| outcome.latency_us.as_ref().map(quantile)))
@@ -190,15 +194,32 @@ fn row(records: &[&Record]) -> Row {
         near: best == Some(2),
         disturbed: if all_disturbed { 0 } else { disturbed },
         all_disturbed,
-        rate: spread(&counted.iter().map(rate).collect::<Vec<_>>()),
+        rate: spread(&counted.iter().filter_map(|outcome| unit.of(outcome)).collect::<Vec<_>>()),
         cpu_s_per_gb: median(counted.iter().filter_map(|outcome| outcome.cpu_s_per_gb())),
+        server_cpu_share: median(counted.iter().filter_map(server_share)),
         latency_us,
+        latency_curve_us: curve(&counted),
         udp_payload: median(
             counted.iter().filter_map(|outcome| outcome.udp_payload.map(|bytes| bytes as f64)),
         ),
         stoq_is: None,
         note: note(records),
     }
+}
+
+/// The medians, quantile by quantile, of those that every run tells.
+fn curve(outcomes: &[&Outcome]) -> Vec<(f64, f64)> {
+    let Some(first) = outcomes.first() else { return Vec::new() };
+    let point = |at: f64| {
+        let values = outcomes.iter().filter_map(|outcome| {
+            let found = outcome.latency_curve_us.iter().find(|(quantile, _)| *quantile == at);
+            found.map(|(_, us)| *us)
+        });
+        let values: Vec<f64> = values.collect();
+        let all = values.len() == outcomes.len();
+        spread(&values).filter(|_| all).map(|spread| (at, spread.median))
+    };
+    first.latency_curve_us.iter().filter_map(|(quantile, _)| point(*quantile)).collect()
 }
 
 fn note(records: &[&Record]) -> Option<String> {
@@ -224,15 +245,6 @@ pub mod tests {
     use serde_json::json;
 
     pub fn record(stack: &str, round: u32, bps: f64, near: bool) -> Record {
-        let end = json!({
-            "cpu_user_s": 1.0, "cpu_sys_s": 1.0, "cpu_s_per_gb": 0.5, "rss_bytes": 1000,
-        });
-        let outcome = json!({
-            "event": "done", "workload": "download", "stack": "x", "link": "lo", "mtu": 65536,
-            "udp_payload": 1452, "seconds": 1.0, "bytes": 4_000_000_000u64, "goodput_bps": bps,
-            "ops": 0, "ops_per_s": 0.0, "latency_us": {"p50": 1.0, "p99": 2.0, "p999": 3.0},
-            "packets_lost": null, "client": end, "server": end,
-        });
         Record {
             workload: "download".into(),
             unit: Unit::GoodputBps,
@@ -242,8 +254,47 @@ pub mod tests {
             probe_ns: [Some(40.0), Some(41.0)],
             near,
             stolen_share: Some(0.0),
-            ending: Ending::Done(serde_json::from_value(outcome).expect("an outcome")),
+            ending: Ending::Done(serde_json::from_value(outcome_json(bps)).expect("an outcome")),
         }
+    }
+
+    /// What a client tells: 4 GB in 1 s, 2 s of CPU time at each end.
+    pub fn outcome_json(bps: f64) -> serde_json::Value {
+        let end = json!({
+            "cpu_user_s": 1.0, "cpu_sys_s": 1.0, "cpu_s_per_gb": 0.5, "rss_bytes": 1000,
+        });
+        json!({
+            "event": "done", "workload": "download", "stack": "x", "link": "lo", "mtu": 65536,
+            "udp_payload": 1452, "seconds": 1.0, "bytes": 4_000_000_000u64, "goodput_bps": bps,
+            "ops": 0, "ops_per_s": 0.0, "latency_us": {"p50": 1.0, "p99": 2.0, "p999": 3.0},
+            "latency_curve_us": [[0.5, 1.0], [0.99, 2.0], [0.999, bps / 1e9]],
+            "packets_lost": null, "client": end, "server": end,
+        })
+    }
+
+    /// A run of `idle` whose server holds so many bytes for each connection.
+    pub fn idle_record(stack: &str, bytes: u64) -> Record {
+        let mut outcome = outcome_json(0.0);
+        outcome["server_rss_bytes_per_connection"] = bytes.into();
+        Record {
+            workload: "idle".into(),
+            unit: Unit::BytesPerConnection,
+            ending: Ending::Done(serde_json::from_value(outcome).expect("an outcome")),
+            ..record(stack, 1, 0.0, true)
+        }
+    }
+
+    #[test]
+    fn less_memory_is_better() {
+        let records = [
+            idle_record("stoq io_uring", 30_000),
+            idle_record("stoq socket", 20_000),
+            idle_record("quinn", 60_000),
+        ];
+        let rows = rows(&records);
+        let ratios: Vec<_> = rows.iter().map(|row| row.stoq_is.expect("measured")).collect();
+        assert_eq!(ratios, [1.5, 1.0, 3.0]);
+        assert_eq!(rows[2].server_cpu_share, Some(2.0));
     }
 
     #[test]
@@ -252,6 +303,17 @@ pub mod tests {
         assert_eq!(spread(&[5.0]), Some(Spread { median: 5.0, min: 5.0, max: 5.0 }));
         let even = spread(&[4.0, 1.0, 3.0, 2.0]).expect("values");
         assert_eq!((even.median, even.min, even.max), (2.5, 1.0, 4.0));
+    }
+
+    #[test]
+    fn curves_are_medians_of_what_all_runs_tell() {
+        let mut short = record("quinn", 2, 7e9, true);
+        if let Ending::Done(outcome) = &mut short.ending {
+            outcome.latency_curve_us.truncate(2);
+            outcome.latency_curve_us[1].1 = 4.0;
+        }
+        let rows = rows(&[record("quinn", 1, 5e9, true), short]);
+        assert_eq!(rows[0].latency_curve_us, [(0.5, 1.0), (0.99, 3.0)]);
     }
 
     #[test]

@@ -13,15 +13,19 @@ pub fn rate(unit: Unit, value: f64) -> String {
         Unit::OpsPerS if value >= 1e6 => format!("{:.2} M/s", value / 1e6),
         Unit::OpsPerS if value >= 1e4 => format!("{:.0} k/s", value / 1e3),
         Unit::OpsPerS => format!("{value:.0} /s"),
+        Unit::BytesPerConnection => format!("{:.1} kB", value / 1e3),
     }
 }
 
-fn extremes(unit: Unit, spread: Spread) -> String {
+/// Smallest and largest, in the unit of [`rate`].
+#[must_use]
+pub fn extremes(unit: Unit, spread: Spread) -> String {
     let number = |value: f64| match unit {
         Unit::GoodputBps => format!("{:.2}", value / 1e9),
         Unit::OpsPerS if spread.median >= 1e6 => format!("{:.2}", value / 1e6),
         Unit::OpsPerS if spread.median >= 1e4 => format!("{:.0}", value / 1e3),
         Unit::OpsPerS => format!("{value:.0}"),
+        Unit::BytesPerConnection => format!("{:.1}", value / 1e3),
     };
     format!("{} – {}", number(spread.min), number(spread.max))
 }
@@ -42,6 +46,25 @@ pub fn markdown(rows: &[Row]) -> String {
         let _infallible = writeln!(text, "{}", line(row));
     }
     text
+}
+
+/// What the CPU time of a row is told in: seconds a gigabyte of both ends, or, where connections do
+/// nothing, the server's share of a core.
+#[must_use]
+pub fn cpu(row: &Row) -> Option<String> {
+    match row.unit {
+        Unit::GoodputBps => Some(format!("{:.2}", row.cpu_s_per_gb?)),
+        Unit::BytesPerConnection => {
+            Some(format!("{:.2} % of a core", 100.0 * row.server_cpu_share?))
+        }
+        Unit::OpsPerS => None,
+    }
+}
+
+/// The latency quantiles, µs.
+#[must_use]
+pub fn latency(row: &Row) -> Option<String> {
+    row.latency_us.map(|us| format!("{:.0} / {:.0} / {:.0}", us.p50, us.p99, us.p999))
 }
 
 /// What kind of runs a row counts, and how many it does not.
@@ -69,11 +92,8 @@ fn line(row: &Row) -> String {
         row.rate.map_or_else(dash, |spread| rate(row.unit, spread.median)),
         row.rate.map_or_else(dash, |spread| extremes(row.unit, spread)),
         row.stoq_is.map_or_else(dash, |ratio| format!("{ratio:.2} ×")),
-        row.cpu_s_per_gb
-            .filter(|_| row.unit == Unit::GoodputBps)
-            .map_or_else(dash, |per_gb| format!("{per_gb:.2}")),
-        row.latency_us
-            .map_or_else(dash, |us| { format!("{:.0} / {:.0} / {:.0}", us.p50, us.p99, us.p999) }),
+        cpu(row).unwrap_or_else(dash),
+        latency(row).unwrap_or_else(dash),
         row.udp_payload.map_or_else(dash, |bytes| format!("{bytes:.0}")),
         row.runs,
     )
@@ -81,7 +101,10 @@ fn line(row: &Row) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::summary::{rows, tests::record};
+    use super::super::summary::{
+        rows,
+        tests::{idle_record, record},
+    };
     use super::*;
 
     #[test]
@@ -99,6 +122,12 @@ mod tests {
             "| stoq socket | 11.00 Gbit/s | 10.00 – 12.00 | 1.00 × | 1.00 | 1 / 2 / 3 | 1452 | 2 |"
         );
         assert!(lines[6].contains("| 2.00 × |") && lines[6].ends_with("| 1 far |"), "{}", lines[6]);
+    }
+
+    #[test]
+    fn memory_and_the_idle_servers_share() {
+        let text = markdown(&rows(&[idle_record("stoq socket", 20_400)]));
+        assert!(text.contains("| 20.4 kB | 20.4 – 20.4 | 1.00 × | 200.00 % of a core |"), "{text}");
     }
 
     #[test]

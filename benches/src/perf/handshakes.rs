@@ -2,26 +2,18 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use bytes::Bytes;
 use clap::Args as ClapArgs;
 use quinn_proto::crypto::rustls::QuicClientConfig;
-use rustls::NamedGroup;
-use rustls::client::{
-    ClientSessionMemoryCache, ClientSessionStore, Resumption, Tls12ClientSessionValue,
-    Tls13ClientSessionValue,
-};
-use rustls::pki_types::ServerName;
+use rustls::client::Resumption;
 use stoq::app::{ConnId, ReadOutcome, ShardCx};
 use stoq::{Dir, StreamId, VarInt};
+use stoq_measure::sessions::CountingSessions;
 
 use super::run::{self, Base, Plan, RunArgs, Work};
 use crate::tls;
-
-/// Tickets are of one server: one entry would do.
-const SERVERS_MAX: usize = 8;
 
 /// Flags of the handshakes workload.
 #[derive(ClapArgs)]
@@ -35,52 +27,6 @@ pub struct Args {
     resumed: bool,
     #[command(flatten)]
     run: RunArgs,
-}
-
-/// Counts the tickets that handshakes start with.
-#[derive(Debug)]
-struct CountingSessions {
-    cache: ClientSessionMemoryCache,
-    offered: AtomicU64,
-}
-
-impl ClientSessionStore for CountingSessions {
-    fn set_kx_hint(&self, server_name: ServerName<'static>, group: NamedGroup) {
-        self.cache.set_kx_hint(server_name, group);
-    }
-
-    fn kx_hint(&self, server_name: &ServerName<'_>) -> Option<NamedGroup> {
-        self.cache.kx_hint(server_name)
-    }
-
-    fn set_tls12_session(&self, server_name: ServerName<'static>, value: Tls12ClientSessionValue) {
-        self.cache.set_tls12_session(server_name, value);
-    }
-
-    fn tls12_session(&self, server_name: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
-        self.cache.tls12_session(server_name)
-    }
-
-    fn remove_tls12_session(&self, server_name: &ServerName<'static>) {
-        self.cache.remove_tls12_session(server_name);
-    }
-
-    fn insert_tls13_ticket(
-        &self,
-        server_name: ServerName<'static>,
-        value: Tls13ClientSessionValue,
-    ) {
-        self.cache.insert_tls13_ticket(server_name, value);
-    }
-
-    fn take_tls13_ticket(
-        &self,
-        server_name: &ServerName<'static>,
-    ) -> Option<Tls13ClientSessionValue> {
-        let ticket = self.cache.take_tls13_ticket(server_name)?;
-        self.offered.fetch_add(1, Relaxed);
-        Some(ticket)
-    }
 }
 
 struct Handshakes {
@@ -147,10 +93,7 @@ impl Work for Handshakes {
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let tls = tls::client(&args.run.trust, "perf", args.run.transport.packet_crypto()?)?;
     let mut config = (*tls.rustls()).clone();
-    let sessions = Arc::new(CountingSessions {
-        cache: ClientSessionMemoryCache::new(SERVERS_MAX),
-        offered: AtomicU64::new(0),
-    });
+    let sessions = CountingSessions::shared();
     config.resumption =
         if args.resumed { Resumption::store(sessions.clone()) } else { Resumption::disabled() };
     let plan = Plan {
@@ -161,7 +104,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let resumed = args.resumed;
     let make = move |_shard| Handshakes { resumed, started: HashMap::new(), closing: 0 };
     run::run(&args.run, plan, make, move |counts| {
-        let offered = sessions.offered.load(Relaxed);
-        counts.more.insert("tickets_offered".into(), offered.into());
+        counts.more.insert("tickets_offered".into(), sessions.offered().into());
     })
 }

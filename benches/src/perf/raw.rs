@@ -94,7 +94,7 @@ fn outcome(
     packets: u64,
     bytes: u64,
 ) -> anyhow::Result<(u64, u64, Outcome)> {
-    let mut counts = Counts { bytes, ..Counts::default() };
+    let mut counts = Counts { bytes, ops: packets, ..Counts::default() };
     counts.udp_payload = bytes.checked_div(packets);
     let stats: serde_json::Map<_, _> =
         datapath.counters().iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
@@ -181,6 +181,8 @@ fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, Outcome)> 
     let (packets, bytes, mut outcome) = outcome(datapath, meter, None, packets, bytes)?;
     // The silence that ends the measurement is not part of it.
     outcome.seconds -= SILENCE.as_secs_f64();
-    outcome.goodput_bps = bytes as f64 * 8.0 / outcome.seconds.max(1e-9);
+    let seconds = outcome.seconds.max(1e-9);
+    outcome.goodput_bps = bytes as f64 * 8.0 / seconds;
+    outcome.ops_per_s = packets as f64 / seconds;
     Ok((packets, bytes, outcome))
 }

@@ -112,6 +112,8 @@ pub(crate) struct Protocol {
     shard: usize,
     pub(crate) mailbox: crate::shard::mailbox::Mailbox,
     accepting: bool,
+    /// The client that was accepted last, for whoever must undo it.
+    pub(crate) accepted_last: Option<ConnId>,
     /// By owner.
     pools: [Pool; 2],
     qlog: Option<qlog::QlogFiles>,
@@ -198,6 +200,7 @@ impl Protocol {
         });
         Self {
             accepting: server.is_some(),
+            accepted_last: None,
             endpoint: Endpoint::new(Arc::new(endpoint_config), server.clone(), true, Some(seed)),
             server,
             conns: Vec::new(),
@@ -385,7 +388,9 @@ impl Protocol {
                     });
                 }
                 self.counters.accepted += 1;
-                Ok(self.insert(now, handle, connection, owner))
+                let conn = self.insert(now, handle, connection, owner);
+                self.accepted_last = Some(conn);
+                Ok(conn)
             }
             Err(error) => {
                 self.counters.incoming_failed += 1;

@@ -20,6 +20,7 @@
 
 pub(crate) mod mailbox;
 mod overdue;
+mod panics;
 mod pool;
 mod sealing;
 pub(crate) mod spin;
@@ -30,7 +31,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use quinn_proto::{Event, StreamEvent, VarInt};
 
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
@@ -396,8 +396,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         }
     }
 
-    /// Calls whoever owns a connection. If the application panics, the connection that the call
-    /// was about is closed; the shard and its other connections go on.
+    /// Calls whoever owns a connection. What a panic of the application ends: `panics.rs`.
     fn call(
         &mut self,
         now: Instant,
@@ -417,31 +416,14 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         }
     }
 
-    #[cold]
-    fn handle_app_panic(
-        &mut self,
-        now: Instant,
-        conn: Option<ConnId>,
-        payload: &(dyn std::any::Any + Send),
-    ) {
-        self.proto.counters.app_panics += 1;
-        let shard = self.proto.shard_index();
-        let panic = panic_text(payload);
-        tracing::error!(shard, panic, ?conn, "the shard's application panicked");
-        let Some(id) = conn else { return };
-        if let Some(connection) = self.proto.touch(id) {
-            connection.close(now, APP_PANIC_CODE, Bytes::from_static(b"application panicked"));
-        }
-        // Reported once: a panic in `handle_closed` itself ends here.
-        if self.proto.report_closed(id) {
-            let reason = ConnectionError::AppPanicked;
-            self.call(now, Owner::App, Some(id), |app, cx| app.handle_closed(cx, id, &reason));
-        }
-    }
-
     fn handle_incoming(&mut self, now: Instant, incoming: Incoming) {
         let owner = if self.app.is_some() { Owner::App } else { Owner::Handles };
+        self.proto.accepted_last = None;
+        let panics_before = self.proto.counters.app_panics;
         self.call(now, owner, None, |app, cx| app.handle_incoming(cx, incoming));
+        if self.proto.counters.app_panics != panics_before {
+            self.close_accepted(now);
+        }
     }
 
     // --- out --------------------------------------------------------------------------
@@ -773,13 +755,4 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
 /// What the handles may do now. A function of the parts, so that the handles themselves stay free.
 fn handle_cx<'a>(proto: &'a mut Protocol, paths: &'a dyn Datapath, now: Instant) -> ShardCx<'a> {
     ShardCx { proto, paths, now, owner: Owner::Handles }
-}
-
-/// The message of a panic.
-pub(crate) fn panic_text(payload: &(dyn std::any::Any + Send)) -> &str {
-    payload
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no message")
 }

@@ -3,8 +3,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+use super::Shard;
+use super::panics::panic_text;
 use super::spin::Spinner;
-use super::{Shard, panic_text};
 use crate::clock::Clock;
 use crate::datapath::Datapath;
 use crate::error::ConnectionError;

@@ -22,7 +22,7 @@ const HANDSHAKES_PER_TICK_MAX: usize = 4;
 /// the packets that end its handshakes would queue behind first flights until it gives them up.
 const HANDSHAKES_UNDER_WAY_MAX: usize = 64;
 /// Payload of a request's answer, bytes.
-const ANSWER_BYTES: u64 = 64;
+pub const ANSWER_BYTES: u64 = 64;
 /// Failures that are told in words; further ones are counted.
 const FAILURES_TOLD_MAX: usize = 3;
 

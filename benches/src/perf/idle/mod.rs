@@ -17,6 +17,8 @@ use clap::Args as ClapArgs;
 use serde_json::{Value, json};
 use stoq::engine::Engine;
 use stoq_measure::cpu::{CpuTime, rss_bytes};
+use stoq_measure::idle::BYTES_PER_CONNECTION;
+use stoq_measure::outcome::{Counts, EndUse, Meter, Outcome};
 
 use self::app::{IdleApp, Order, Shared};
 use self::server::Server;
@@ -32,6 +34,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections end unasked after so many missed keep-alives.
 const KEEP_ALIVES_PER_IDLE_TIMEOUT: u64 = 4;
 
+/// Application bytes of a request, 8, and its answer.
+const REQUEST_AND_ANSWER_BYTES: u64 = 8 + app::ANSWER_BYTES;
 /// Largest UDP payload, as on a network: on the loopback each connection would else send a path
 /// MTU probe of 65 kB, and a few dozen of these fill a socket's receive buffer.
 const UDP_PAYLOAD_BYTES: u16 = 1452;
@@ -124,6 +128,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
     let requests = (args.connections as f64 * args.requests_percent / 100.0).ceil() as usize;
     let over = Duration::from_secs_f64(args.seconds);
+    let meter = Meter::start(server.pid())?;
     order(&engine, requests, |requests| Order::Request { requests, over })?;
     std::thread::sleep(over);
     wait_answered(&shared, requests as u64);
@@ -134,7 +139,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         (Some(before), Some(connected), Some(held)) => Some(Memory { before, connected, held }),
         _ => None,
     };
-    let report = Report { handshakes_s, requests, ours, theirs, turns, cpu };
+    let counts = Counts {
+        ops: shared.answers.load(Relaxed),
+        bytes: shared.answers.load(Relaxed) * REQUEST_AND_ANSWER_BYTES,
+        udp_payload: Some(args.udp_payload().into()),
+        ..Counts::default()
+    };
+    let outcome = meter.finish("stoq", "idle", Some(server.addr()), counts)?;
+    let report = Report { handshakes_s, requests, ours, theirs, turns, cpu, outcome };
     report.print(args, &engine, &shared)?;
     shared.stopping.store(true, Relaxed);
     drop(server);
@@ -237,7 +249,10 @@ struct Report {
     theirs: Option<Memory>,
     /// Turn times while handshakes arrived: ours, and what the server said then.
     turns: (Value, Option<Value>),
+    /// Of this process, since before the first handshake.
     cpu: CpuTime,
+    /// Of the time that the connections were held.
+    outcome: Outcome,
 }
 
 impl Report {
@@ -250,31 +265,43 @@ impl Report {
         let handshakes_per_s = connected as f64 / self.handshakes_s;
         let (datapath, mode) = datapath_words(engine);
         if args.transport.json {
+            let mut json = serde_json::to_value(&self.outcome)?;
             let mut client = self.ours.json(connections);
             client["turn_us"] = self.turns.0.clone();
-            let mut server = self.theirs.as_ref().map_or(Value::Null, |end| end.json(connections));
-            if !server.is_null() {
+            merge(&mut json["client"], client);
+            if let Some(theirs) = &self.theirs {
+                let mut server = theirs.json(connections);
                 server["turn_us"] = server_turns.clone();
+                merge(&mut json["server"], server);
+                json[BYTES_PER_CONNECTION] = theirs.per_connection(connections).into();
             }
-            return output::json_line(&json!({
-                "event": "done", "workload": "idle", "stack": "stoq",
-                "connections": connected, "failed": shared.failed.load(Relaxed),
-                "handshakes_s": self.handshakes_s, "handshakes_per_s": handshakes_per_s,
-                "seconds": args.seconds, "keep_alive_ms": args.keep_alive_ms, "seed": args.seed,
-                "requests": self.requests, "answers": shared.answers.load(Relaxed),
-                "latency_us": {
-                    "p50": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999),
-                },
-                "client": client, "server": server,
-                "cpu_user_s": self.cpu.user_s, "cpu_sys_s": self.cpu.sys_s,
-                "rss_bytes": self.ours.held, "datapath": datapath, "mode": mode,
-            }));
+            merge(
+                &mut json,
+                json!({
+                    "connections": connected, "failed": shared.failed.load(Relaxed),
+                    "handshakes_s": self.handshakes_s, "handshakes_per_s": handshakes_per_s,
+                    "keep_alive_ms": args.keep_alive_ms, "seed": args.seed,
+                    "requests": self.requests, "answers": shared.answers.load(Relaxed),
+                    "latency_us": (!latency.is_empty()).then(|| json!({
+                        "p50": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999),
+                    })),
+                    "cpu_user_s": self.cpu.user_s, "cpu_sys_s": self.cpu.sys_s,
+                    "rss_bytes": self.ours.held, "datapath": datapath, "mode": mode,
+                }),
+            );
+            return output::json_line(&json);
         }
         println!(
             "{connected} connections over {datapath} ({mode}), {handshakes_per_s:.0} handshakes/s, held {} s, {} failed",
             args.seconds,
             shared.failed.load(Relaxed),
         );
+        let share = |end: EndUse| 100.0 * (end.cpu_user_s + end.cpu_sys_s) / self.outcome.seconds;
+        let held = self
+            .outcome
+            .server
+            .map_or_else(String::new, |server| format!(", of the server's {:.2} %", share(server)));
+        println!("while held: {:.2} % of the client's core{held}", share(self.outcome.client));
         print_end("client", Some(&self.ours), &self.turns.0, connections);
         print_end("server", self.theirs.as_ref(), server_turns, connections);
         println!(
@@ -285,6 +312,13 @@ impl Report {
             quantile(0.99),
         );
         Ok(())
+    }
+}
+
+/// Adds the keys of one object to another.
+fn merge(into: &mut Value, more: Value) {
+    if let (Value::Object(into), Value::Object(more)) = (into, more) {
+        into.extend(more);
     }
 }
 

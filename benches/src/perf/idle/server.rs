@@ -75,13 +75,17 @@ impl Server {
         }
     }
 
-    /// Resident bytes of the server's process; `None` when the process is not known.
-    pub fn rss_bytes(&self) -> anyhow::Result<Option<u64>> {
-        let pid = match self {
+    /// Its process, where that is known.
+    pub fn pid(&self) -> Option<u32> {
+        match self {
             Self::Ours { child, .. } => Some(child.id()),
             Self::Other { pid, .. } => *pid,
-        };
-        pid.map(|pid| stoq_measure::cpu::rss_bytes(Some(pid))).transpose()
+        }
+    }
+
+    /// Resident bytes of the server's process; `None` when the process is not known.
+    pub fn rss_bytes(&self) -> anyhow::Result<Option<u64>> {
+        self.pid().map(|pid| stoq_measure::cpu::rss_bytes(Some(pid))).transpose()
     }
 
     /// What `stoq serve` says of itself now; `None` for a server that was not started here.
