@@ -375,3 +375,21 @@ fn endless_writers(end: End) {
         assert!(start.elapsed() < PATIENCE, "dropping an engine does not wait");
     }
 }
+
+/// The table of docs/handles.md names tests that exist.
+#[test]
+fn the_table_of_misuse_names_tests() {
+    let table = include_str!("../../docs/handles.md").split("## Misuse").nth(1).unwrap();
+    let here = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");
+    let (mut source, mut names) = (String::new(), 0);
+    for name in table.split('`').skip(1).step_by(2) {
+        if name.ends_with(".rs") {
+            source = std::fs::read_to_string(format!("{here}/{name}"))
+                .unwrap_or_else(|error| panic!("tests/{name}: {error}"));
+        } else if name.contains('_') && name.chars().all(|c| c.is_ascii_lowercase() || c == '_') {
+            assert!(source.contains(&format!("fn {name}()")), "no such test: {name}");
+            names += 1;
+        }
+    }
+    assert!(names >= 15, "{names} tests named");
+}

@@ -39,7 +39,7 @@ const LATENCY_BOUNDS_NS: [u64; 22] = [
 /// Upper bounds of the exported batch buckets, packets.
 const BATCH_BOUNDS: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 /// What is a present number, and not a total.
-const SHARD_GAUGES: [&str; 2] = ["connections", "tx_queue_connections"];
+const SHARD_GAUGES: [&str; 3] = ["connections", "streams", "tx_queue_connections"];
 const DATAPATH_GAUGES: [&str; 3] = ["frames_free", "frames_fill", "frames_tx"];
 const POOL_GAUGES: [&str; 6] = ["peers", "connections", "idle", "leases", "connecting", "waiters"];
 

@@ -303,15 +303,15 @@ pub fn misuse(pair: &Pair, seed: u64) {
 
 async fn whole_transfer(pair: &Pair) {
     let (near, far) = pair.connect().await;
-    let (mut send, _answer) = near.open_bi().await.unwrap();
+    let (mut send, _answer) = near.open_bi().await.expect("opened");
     let write = async {
-        send.write_all(&[3; 3_000_000]).await.unwrap();
-        send.finish().unwrap();
+        send.write_all(&[3; 3_000_000]).await.expect("written");
+        send.finish().expect("open");
         assert_eq!(send.stopped().await, Ok(None), "all acknowledged");
     };
     let read = async {
-        let (_answer, mut recv) = far.accept_bi().await.unwrap();
-        recv.read_to_end(3_000_001).await.unwrap().len()
+        let (_answer, mut recv) = far.accept_bi().await.expect("accepted");
+        recv.read_to_end(3_000_001).await.expect("read").len()
     };
     assert_eq!(join(write, read).await.1, 3_000_000);
 }
