@@ -24,6 +24,7 @@ use stoq::certs::{
     SystemWallClock, TrustStore, certificates_from_file,
 };
 
+use crate::engine::faults_json;
 use crate::output;
 
 /// How long `revoke` waits for a CA that serves.
@@ -44,6 +45,9 @@ enum Command {
     Token(Token),
     /// Print the root certificate (PEM): what nodes and their peers must trust.
     Root(Place),
+    /// Get a certificate from a CA into the file --ca-store, with its key: for a client, or for other
+    /// software. Again later, it renews what the file holds.
+    Enrol(Enrol),
     /// Revoke every certificate with exactly these names; works while the CA serves, and without.
     Revoke(Revoke),
 }
@@ -81,6 +85,9 @@ struct Serve {
     /// Life of the certificates issued, s; at least 60.
     #[arg(long, default_value_t = 86_400)]
     lifetime_s: u64,
+    /// Serve Prometheus text over HTTP (`/metrics`) at this address.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddrV6>,
     /// End when the parent process ends.
     #[arg(long, hide = true)]
     die_with_parent: bool,
@@ -115,6 +122,17 @@ struct Revoke {
     names: Names,
 }
 
+#[derive(ClapArgs)]
+struct Enrol {
+    #[command(flatten)]
+    enrol: EnrolArgs,
+    #[command(flatten)]
+    names: Names,
+    /// One JSON object a line on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Kinds of keys, as flags name them.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, Default)]
 pub enum KeyChoice {
@@ -139,7 +157,7 @@ impl From<KeyChoice> for KeyAlgorithm {
 #[derive(ClapArgs, Clone, Debug)]
 pub struct EnrolArgs {
     /// Get the certificate from the CA at this address (`stoq ca serve`).
-    #[arg(long, requires = "ca_root", conflicts_with_all = ["cert", "key"])]
+    #[arg(long, requires = "ca_root")]
     ca_connect: Option<SocketAddrV6>,
     /// The CA's root (PEM): `stoq ca root`.
     #[arg(long)]
@@ -200,6 +218,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Command::Serve(args) => serve(args),
         Command::Token(args) => token(args),
         Command::Root(place) => root(place),
+        Command::Enrol(args) => enrol(args),
         Command::Revoke(args) => revoke(args),
     }
 }
@@ -247,7 +266,7 @@ fn serve(args: &Serve) -> anyhow::Result<()> {
     tasks.extend(tls.tasks());
     tasks.push(ca);
     let _maintenance = MaintenanceThread::spawn(Arc::new(SystemWallClock), tasks)?;
-    let service = CaService::start(args.listen, &tls, server.clone())?;
+    let service = CaService::start_with_metrics(args.listen, args.metrics, &tls, server.clone())?;
     announce(args, &service)?;
     while signals.pending().next().is_none() {
         anyhow::ensure!(service.is_running(), "the service ended by itself; see the log above");
@@ -261,6 +280,10 @@ fn serve(args: &Serve) -> anyhow::Result<()> {
             "enrolled": counters.enrolled,
             "renewed": counters.renewed,
             "refused": counters.refused,
+            "faults": {
+                "trustchain": faults_json(server.faults()),
+                "server": faults_json(tls.faults()),
+            },
         }))?;
     }
     Ok(())
@@ -281,7 +304,10 @@ fn own_identity(
 fn announce(args: &Serve, service: &CaService) -> anyhow::Result<()> {
     let address = service.local_addr().to_string();
     if args.place.json {
-        return output::json_line(&json!({ "event": "listening", "addr": address }));
+        return output::json_line(&json!({
+            "event": "listening", "addr": address,
+            "metrics": service.metrics_addr().map(|addr| addr.to_string()),
+        }));
     }
     eprintln!("certificate service on {address}, CA in {}", args.place.dir.display());
     Ok(())
@@ -314,6 +340,24 @@ fn root(place: &Place) -> anyhow::Result<()> {
         return output::json_line(&json!({ "root_pem": pem }));
     }
     print!("{pem}");
+    Ok(())
+}
+
+fn enrol(args: &Enrol) -> anyhow::Result<()> {
+    let names = args.names.parse()?;
+    let store = args.enrol.ca_store.as_deref().context("--ca-store FILE says where to")?;
+    let identity = args.enrol.identity(|| Ok(names))?.context("--ca-connect names the CA")?;
+    // What was stored serves, unless its renewal is due.
+    identity.poll(SystemTime::now());
+    let status = identity.status();
+    if let Some(error) = &status.last_error {
+        anyhow::bail!("{}: {error}", store.display());
+    }
+    if args.json {
+        return output::json_line(&crate::engine::rotation_json(&status));
+    }
+    let serial = status.serial.as_deref().unwrap_or_default();
+    println!("{}: certificate {serial}", store.display());
     Ok(())
 }
 

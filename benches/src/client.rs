@@ -19,11 +19,26 @@ pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// Whom a client trusts.
 #[derive(ClapArgs, Clone, Debug)]
 pub struct TrustArgs {
-    /// Certificates to trust (PEM); the system's otherwise.
-    #[arg(long)]
+    /// Roots to trust (PEM): the server's `--cert-out`, or `stoq ca root`.
+    #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
+    /// Trust these roots alone for the server of this name or address; may be given again.
+    #[arg(long, value_name = "NAME=FILE")]
+    pub pin: Vec<String>,
+    /// Refuse servers that a list in this file (PEM) revokes, or for whose issuer it has none.
+    #[arg(long, value_name = "FILE", requires = "ca")]
+    pub crl: Option<PathBuf>,
+    /// Certificate chain to show to a server that asks for one (PEM); needs --key.
+    #[arg(long, value_name = "FILE", requires = "key")]
+    pub cert: Option<PathBuf>,
+    /// Private key of --cert (PEM, mode 0600).
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    pub key: Option<PathBuf>,
+    /// Offer post-quantum key exchange (X25519MLKEM768) alone.
+    #[arg(long)]
+    pub require_post_quantum: bool,
     /// Trust any certificate: for measurements against a peer of your own only.
-    #[arg(long, conflicts_with = "ca")]
+    #[arg(long, conflicts_with_all = ["ca", "pin", "crl"])]
     pub danger_insecure: bool,
     /// Name that the server's certificate must show; its address otherwise.
     #[arg(long)]

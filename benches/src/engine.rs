@@ -2,10 +2,12 @@
 
 use std::net::SocketAddrV6;
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use clap::Args;
 use serde_json::json;
+use stoq::certs::{CertificateFault, FaultCounters, RotationStatus};
 use stoq::config::{BusyPoll, CongestionControl, CryptoProviderChoice, TransportConfig};
 use stoq::datapath::choice::DatapathChoice;
 use stoq::engine::{Engine, ShardStats};
@@ -150,6 +152,26 @@ pub fn stats_json(stats: &[ShardStats]) -> serde_json::Value {
         }
     }
     sum.into()
+}
+
+/// How a certificate fares; dates as Unix time, s.
+pub fn rotation_json(status: &RotationStatus) -> serde_json::Value {
+    let unix_s = |date: Option<SystemTime>| {
+        date.and_then(|date| date.duration_since(UNIX_EPOCH).ok()).map(|since| since.as_secs())
+    };
+    json!({
+        "serial": status.serial, "not_before_unix_s": unix_s(status.not_before),
+        "not_after_unix_s": unix_s(status.not_after),
+        "next_renewal_unix_s": unix_s(status.next_renewal), "last_error": status.last_error,
+        "renewals": status.renewals, "failures": status.failures, "alarms": status.alarms,
+    })
+}
+
+/// What was refused, by kind; kinds that never were are left out.
+pub fn faults_json(counters: &FaultCounters) -> serde_json::Value {
+    let counts = CertificateFault::ALL.iter().map(|fault| (fault.label(), counters.count(*fault)));
+    let met = counts.filter(|(_, count)| *count > 0);
+    serde_json::Value::Object(met.map(|(name, count)| (name.to_owned(), count.into())).collect())
 }
 
 /// Turn times of the shard whose 99.9th percentile is the longest, µs.

@@ -1,7 +1,6 @@
 //! `stoq serve`: files by hq-interop and the perf protocol, on the shards themselves.
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::net::SocketAddrV6;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,9 +9,11 @@ use std::time::Duration;
 use anyhow::Context;
 use bytes::Bytes;
 use clap::Args as ClapArgs;
+use rustc_hash::FxHashMap;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use stoq::app::{ConnId, ShardApp, ShardCx};
+use stoq::certs::ServerTls;
 use stoq::config::TransportConfig;
 use stoq::engine::Engine;
 use stoq::error::ConnectionError;
@@ -21,7 +22,9 @@ use stoq_measure::cpu::rss_bytes;
 use stoq_measure::wire::{self, DatagramSink};
 
 use crate::ca::EnrolArgs;
-use crate::engine::{TransportArgs, datapath_words, stats_json, turns_json, xdp_json};
+use crate::engine::{
+    TransportArgs, datapath_words, faults_json, rotation_json, stats_json, turns_json, xdp_json,
+};
 use crate::hq::{FileChunk, FileReaders, HqStream};
 use crate::output;
 use crate::perf::handles::HandleServer;
@@ -47,7 +50,7 @@ pub struct Args {
     #[arg(long)]
     cert_out: Option<PathBuf>,
     /// Certificate chain to use instead of a self-made one (PEM); needs --key.
-    #[arg(long, requires = "key")]
+    #[arg(long, requires = "key", conflicts_with = "ca_connect")]
     cert: Option<PathBuf>,
     /// Private key of --cert (PEM).
     #[arg(long, requires = "cert")]
@@ -58,12 +61,21 @@ pub struct Args {
     /// Silence after which a connection is given up, ms; 0: never.
     #[arg(long)]
     idle_timeout_ms: Option<u64>,
+    /// Age at which connections are closed, s, so that revocations and expired certificates bite; each
+    /// ends within the last tenth of it. 0: never.
+    #[arg(long, alias = "max-connection-age")]
+    max_connection_age_s: Option<u64>,
+    /// Serve Prometheus text over HTTP (`/metrics`) at this address.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddrV6>,
     /// Connections that each shard holds at most; further ones are refused.
     #[arg(long)]
     connections_max: Option<usize>,
     /// Serve the perf protocol's streams with the async handles instead of code on the shards.
     #[arg(long, conflicts_with = "www")]
     handles: bool,
+    #[command(flatten)]
+    clients: tls::ClientAuthArgs,
     #[command(flatten)]
     enrol: EnrolArgs,
     #[command(flatten)]
@@ -74,6 +86,11 @@ impl Args {
     fn transport(&self) -> anyhow::Result<TransportConfig> {
         let mut config = self.transport.transport(self.listen)?;
         config.idle_timeout_ms = self.idle_timeout_ms.unwrap_or(config.idle_timeout_ms);
+        if let Some(age_s) = self.max_connection_age_s {
+            config.connection_age_ms_max =
+                age_s.checked_mul(1000).context("--max-connection-age-s is too large")?;
+        }
+        config.metrics_address = self.metrics.or(config.metrics_address);
         config.connections_per_shard_max =
             self.connections_max.unwrap_or(config.connections_per_shard_max);
         Ok(config)
@@ -88,7 +105,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let readers = args.www.as_deref().map(FileReaders::start).transpose()?;
     let perf_only = [String::from_utf8_lossy(wire::ALPN).into_owned()];
     let config = args.transport()?;
-    let server = tls::server(&tls::ServerOptions {
+    let tls::Server { tls: server, trust } = tls::server(&tls::ServerOptions {
         listen: args.listen,
         names: &args.names,
         alpn: if args.handles { &perf_only } else { &args.alpn },
@@ -97,13 +114,18 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         packet_crypto: config.crypto_provider,
         cert_out: args.cert_out.as_deref(),
         enrol: &args.enrol,
+        clients: &args.clients,
     })?;
     // Renews the certificate for as long as we serve.
     let _maintenance = server.spawn_maintenance().context("starting certificate renewal")?;
     let mut builder = Engine::builder()
         .config(config)
         .server(server.crypto())
-        .rotation(server.identity().clone());
+        .rotation(server.identity().clone())
+        .faults("server", server.faults().clone());
+    if let Some(trust) = &trust {
+        builder = builder.faults("trust", trust.faults().clone());
+    }
     if !args.handles {
         builder =
             builder.app(move |_shard| Service { readers: readers.clone(), ..Service::default() });
@@ -112,7 +134,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let handles = args.handles.then(|| HandleServer::start(engine.clone())).transpose();
     let handles = handles.context("starting the thread that accepts")?;
     announce(args, &engine)?;
-    wait_for_end(args, signals, &engine)?;
+    wait_for_end(args, signals, &engine, &server)?;
     drop(handles);
     let engine = Arc::into_inner(engine).expect("the accepting thread, which shared it, has ended");
     let xdp = xdp_json(&engine)?;
@@ -135,6 +157,7 @@ fn announce(args: &Args, engine: &Engine) -> anyhow::Result<()> {
             "addr": engine.local_addr().to_string(),
             "datapath": datapath,
             "mode": mode,
+            "metrics": engine.metrics_addr().map(|addr| addr.to_string()),
             "queues": engine.shards(),
         }));
     }
@@ -154,26 +177,32 @@ fn wait_for_end(
     args: &Args,
     mut signals: signal_hook::iterator::Signals,
     engine: &Engine,
+    tls: &ServerTls,
 ) -> anyhow::Result<()> {
     loop {
         for signal in signals.pending() {
             if signal != SIGUSR1 {
                 return Ok(());
             }
-            print_stats(args, engine)?;
+            print_stats(args, engine, tls)?;
         }
         anyhow::ensure!(engine.is_running(), "the engine ended by itself; see the log above");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-fn print_stats(args: &Args, engine: &Engine) -> anyhow::Result<()> {
+fn print_stats(args: &Args, engine: &Engine, tls: &ServerTls) -> anyhow::Result<()> {
     let (transport, rss_bytes) = (engine.transport_stats(), rss_bytes(None)?);
     let turns = turns_json(&transport);
     if args.transport.json {
         return output::json_line(&json!({
             "event": "stats", "connections": transport.connections_active,
             "rss_bytes": rss_bytes, "turn_us": turns, "stats": stats_json(&engine.stats()),
+            "certificate": transport.rotation.as_ref().map(rotation_json),
+            "faults": {
+                "identity": faults_json(tls.identity().faults()),
+                "server": faults_json(tls.faults()),
+            },
         }));
     }
     eprintln!(
@@ -184,6 +213,9 @@ fn print_stats(args: &Args, engine: &Engine) -> anyhow::Result<()> {
         turns["p99"],
         turns["p999"],
     );
+    if let Some(rotation) = &transport.rotation {
+        eprintln!("certificate: {}", rotation_json(rotation));
+    }
     Ok(())
 }
 
@@ -202,9 +234,9 @@ enum Protocol {
 #[derive(Default)]
 struct Service {
     readers: Option<FileReaders>,
-    protocols: HashMap<ConnId, Protocol>,
-    streams: HashMap<(ConnId, StreamId), Stream>,
-    datagrams: HashMap<ConnId, DatagramSink>,
+    protocols: FxHashMap<ConnId, Protocol>,
+    streams: FxHashMap<(ConnId, StreamId), Stream>,
+    datagrams: FxHashMap<ConnId, DatagramSink>,
 }
 
 impl Service {

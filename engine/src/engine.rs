@@ -19,7 +19,7 @@ use quinn_proto::VarInt;
 use quinn_proto::crypto;
 
 use crate::app::ShardApp;
-use crate::certs::RotatingIdentity;
+use crate::certs::{FaultCounters, RotatingIdentity};
 use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::datapath::af_xdp::AfXdp;
@@ -29,6 +29,7 @@ use crate::datapath::steering::SteeringHandle;
 use crate::datapath::{Capabilities, Datapath, DatapathCounters};
 use crate::error::{ConnectError, ConnectionError, StartError};
 use crate::handles::{Command as HandleCommand, HandleApp, PoolCommand};
+use crate::metrics::prometheus::Certificates;
 use crate::metrics::{
     MetricsServer, RateWindow, ShardCounters, ShardMetrics, TransportStats, prometheus,
 };
@@ -122,7 +123,7 @@ pub struct Builder {
     identity: QuicIdentity,
     app: Option<AppFactory>,
     seal_provider: Option<Arc<dyn SealProvider>>,
-    rotation: Option<Arc<RotatingIdentity>>,
+    certificates: Certificates,
 }
 
 impl Builder {
@@ -186,7 +187,16 @@ impl Builder {
     /// [`ServerTls::spawn_maintenance`](crate::certs::ServerTls::spawn_maintenance) does.
     #[must_use]
     pub fn rotation(mut self, identity: Arc<RotatingIdentity>) -> Self {
-        self.rotation = Some(identity);
+        self.certificates.rotation = Some(identity);
+        self
+    }
+
+    /// Exports these counters, of TLS configurations or trust stores, as
+    /// `stoq_certificate_faults_total` with the label `by`; [`Self::rotation`]'s are `identity`.
+    #[must_use]
+    pub fn faults(mut self, by: &'static str, counters: Arc<FaultCounters>) -> Self {
+        self.certificates.faults.retain(|(name, _)| *name != by);
+        self.certificates.faults.push((by, counters));
         self
     }
 
@@ -195,7 +205,7 @@ impl Builder {
     /// # Errors
     /// A setting, the datapath, a core or the system refused; nothing is left behind.
     pub fn start(self) -> Result<Engine, StartError> {
-        let Self { config, mut identity, app, rotation, seal_provider } = self;
+        let Self { config, mut identity, app, certificates, seal_provider } = self;
         config.validate()?;
         let mut secret = [0; 64];
         aws_lc_rs::rand::fill(&mut secret).expect("the system gives randomness");
@@ -234,7 +244,7 @@ impl Builder {
             siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
             cores: placement.cores,
             config: Arc::new(config),
-            rotation,
+            certificates,
             identity,
             apps,
             seal_provider,
@@ -269,7 +279,7 @@ struct Starter {
     metrics: Vec<Arc<ShardMetrics>>,
     /// Where packet memory shall lie.
     node: Option<usize>,
-    rotation: Option<Arc<RotatingIdentity>>,
+    certificates: Certificates,
 }
 
 impl Starter {
@@ -302,7 +312,7 @@ impl Starter {
             rates: Mutex::default(),
             cids: self.siblings.cids,
             exporter: None,
-            rotation: self.rotation,
+            certificates: self.certificates,
         };
         // An engine that started in part is dropped here, which ends its shards.
         result?;
@@ -437,7 +447,7 @@ pub struct Engine {
     rates: Mutex<RateWindow>,
     cids: Cids,
     exporter: Option<MetricsServer>,
-    rotation: Option<Arc<RotatingIdentity>>,
+    certificates: Certificates,
 }
 
 impl Engine {
@@ -630,7 +640,7 @@ impl Engine {
     pub fn transport_stats(&self) -> TransportStats {
         let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stats = rates.read(std::time::Instant::now(), self.metrics.iter().map(Arc::as_ref));
-        stats.rotation = self.rotation.as_deref().map(RotatingIdentity::status);
+        stats.rotation = self.certificates.rotation.as_deref().map(RotatingIdentity::status);
         stats
     }
 
@@ -639,7 +649,7 @@ impl Engine {
     pub fn prometheus(&self) -> String {
         let shards = self.metrics.iter().map(Arc::as_ref);
         let steered = SteeringHandle::published(self.steering.as_ref());
-        prometheus::render(shards, &steered, self.rotation.as_deref())
+        prometheus::render(shards, &steered, &self.certificates)
     }
 
     /// Where metrics are served, when `metrics_address` asked for it.
@@ -651,11 +661,11 @@ impl Engine {
     fn with_exporter(mut self, address: Option<SocketAddrV6>) -> Result<Self, StartError> {
         let Some(address) = address else { return Ok(self) };
         let metrics = self.metrics.clone();
-        let (steering, rotation) = (self.steering.clone(), self.rotation.clone());
+        let (steering, certificates) = (self.steering.clone(), self.certificates.clone());
         let render = move || {
             let shards = metrics.iter().map(Arc::as_ref);
             let steered = SteeringHandle::published(steering.as_ref());
-            prometheus::render(shards, &steered, rotation.as_deref())
+            prometheus::render(shards, &steered, &certificates)
         };
         let exporter = MetricsServer::start(address, Arc::new(render)).map_err(|source| {
             StartError::System { what: "listener for metrics (`metrics_address`)", source }

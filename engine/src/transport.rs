@@ -22,7 +22,7 @@ use quinn_proto::crypto;
 use crate::certs::{MaintenanceThread, RotatingIdentity};
 use crate::config::TransportConfig;
 use crate::connection::Connection;
-use crate::engine::{Connecting, Engine, ShutdownReport};
+use crate::engine::{Builder, Connecting, Engine, ShutdownReport};
 use crate::error::{ConnectionError, SendDatagramError, StartError, WriteError};
 use crate::metrics::TransportStats;
 use crate::pool::{CheckoutError, PeerEndpoint, PoolEvent, PooledConnection, Replay};
@@ -177,8 +177,14 @@ impl StoqTransport {
     pub fn new(config: TransportConfig) -> Result<Self, StartError> {
         config.validate()?;
         let tls = tls::build(&config)?;
-        let mut transport = Self::build(config, tls.server, tls.client, tls.identity.clone())?;
-        transport.identity = tls.identity;
+        let identity = tls.identity.clone();
+        let mut transport = Self::build(config, tls.server, tls.client, |mut builder| {
+            if let Some(identity) = tls.identity {
+                builder = builder.rotation(identity);
+            }
+            tls.faults.into_iter().fold(builder, |builder, (by, faults)| builder.faults(by, faults))
+        })?;
+        transport.identity = identity;
         transport.maintenance = tls.maintenance;
         Ok(transport)
     }
@@ -194,14 +200,14 @@ impl StoqTransport {
         server: Option<Arc<dyn crypto::ServerConfig>>,
         client: Option<Arc<dyn crypto::ClientConfig>>,
     ) -> Result<Self, StartError> {
-        Self::build(config, server, client, None)
+        Self::build(config, server, client, |builder| builder)
     }
 
     fn build(
         config: TransportConfig,
         server: Option<Arc<dyn crypto::ServerConfig>>,
         client: Option<Arc<dyn crypto::ClientConfig>>,
-        rotation: Option<Arc<RotatingIdentity>>,
+        shows: impl FnOnce(Builder) -> Builder,
     ) -> Result<Self, StartError> {
         let (enable_zero_copy, send_datagrams) = (config.enable_zero_copy, config.send_datagrams);
         let message_size_max = config.message_size_max;
@@ -213,11 +219,8 @@ impl StoqTransport {
         if let Some(client) = client {
             builder = builder.client(client);
         }
-        if let Some(identity) = rotation {
-            builder = builder.rotation(identity);
-        }
         Ok(Self {
-            engine: builder.start()?,
+            engine: shows(builder).start()?,
             accepting: AsyncMutex::new(FuturesUnordered::new()),
             enable_zero_copy,
             send_datagrams,

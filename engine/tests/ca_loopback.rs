@@ -467,7 +467,7 @@ fn statistics_and_metrics_tell_how_a_certificate_fares() {
         format!("stoq_certificate_not_after_seconds {}", end.expect("after 1970").as_secs()),
         "stoq_certificate_renewals_total 1".to_owned(),
         "stoq_certificate_alarms_total 0".to_owned(),
-        "stoq_certificate_faults_total{fault=\"expired\"} 0".to_owned(),
+        "stoq_certificate_faults_total{by=\"identity\",fault=\"expired\"} 0".to_owned(),
     ] {
         assert!(text.lines().any(|each| each == line), "{line} is not in\n{text}");
     }

@@ -41,6 +41,7 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct CaService {
     local: SocketAddrV6,
+    metrics: Option<SocketAddrV6>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -58,8 +59,29 @@ impl CaService {
         tls: &ServerTls,
         server: Arc<TrustchainServer>,
     ) -> Result<Self, StartError> {
-        let engine = Engine::builder().config(transport(bind)).server(tls.crypto()).start()?;
-        let local = engine.local_addr();
+        Self::start_with_metrics(bind, None, tls, server)
+    }
+
+    /// As [`Self::start`], with Prometheus text over HTTP on `metrics` (`/metrics`): what the service
+    /// refused (`stoq_certificate_faults_total{by="trustchain"}`), which clients failed their handshake
+    /// (`by="server"`), how its own certificate fares, and the transport's counters.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with_metrics(
+        bind: SocketAddrV6,
+        metrics: Option<SocketAddrV6>,
+        tls: &ServerTls,
+        server: Arc<TrustchainServer>,
+    ) -> Result<Self, StartError> {
+        let engine = Engine::builder()
+            .config(TransportConfig { metrics_address: metrics, ..transport(bind) })
+            .server(tls.crypto())
+            .rotation(tls.identity().clone())
+            .faults("server", tls.faults().clone())
+            .faults("trustchain", server.faults().clone())
+            .start()?;
+        let (local, metrics) = (engine.local_addr(), engine.metrics_addr());
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name("stoq-ca".to_owned())
@@ -68,13 +90,19 @@ impl CaService {
                 engine.shutdown_blocking(SHUTDOWN_GRACE, VarInt::from_u32(0), b"the CA stops");
             })
             .map_err(|source| StartError::System { what: "thread for the CA service", source })?;
-        Ok(Self { local, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { local, metrics, stop: Some(stop), thread: Some(thread) })
     }
 
     /// The address that it is bound to.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddrV6 {
         self.local
+    }
+
+    /// Where metrics are served, if they are.
+    #[must_use]
+    pub fn metrics_addr(&self) -> Option<SocketAddrV6> {
+        self.metrics
     }
 
     /// Whether it serves; it ends by itself only when its engine does.

@@ -68,6 +68,14 @@ pub trait CertificateAuthority: Send + Sync {
         Ok(None)
     }
 
+    /// Whether the certificate with this serial number (hexadecimal, as
+    /// [`CertificateSummary::serial`](super::CertificateSummary)) is revoked now: asked before
+    /// a connection that was made earlier gets another certificate. Default: no.
+    fn is_revoked(&self, serial: &str) -> bool {
+        let _unused = serial;
+        false
+    }
+
     /// Told once, before the first request, which identity it certifies. A CA that wants requests
     /// authenticated by the current certificate keeps the reference. Default: nothing.
     fn handle_identity(&self, identity: &Weak<RotatingIdentity>) {

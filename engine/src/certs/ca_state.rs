@@ -108,6 +108,11 @@ impl CaState {
         serials
     }
 
+    /// Whether the certificate with this serial number is revoked.
+    pub(super) fn is_revoked(&self, serial: &str) -> bool {
+        self.revoked.iter().any(|revoked| revoked.serial == serial)
+    }
+
     pub(super) fn revoked_params(&self) -> Result<Vec<rcgen::RevokedCertParams>, CertsError> {
         self.revoked
             .iter()
@@ -175,6 +180,7 @@ mod tests {
         state.record(&summary("0b", other.clone(), 100), UNIX_EPOCH).unwrap();
         assert_eq!(state.revoke(&names, UNIX_EPOCH), ["0a"]);
         assert!(state.revoke(&names, UNIX_EPOCH).is_empty());
+        assert!(state.is_revoked("0a") && !state.is_revoked("0b"));
         let parsed = CaState::parse(state.to_toml().unwrap().as_bytes()).unwrap();
         assert_eq!(parsed, state);
         assert_eq!(parsed.revoked_params().unwrap().len(), 1);

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustls::{CertificateError, PeerIncompatible};
 
+use super::error::CertsError;
+
 /// One kind of fault of a certificate, key or handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -251,6 +253,20 @@ impl CertificateFault {
     }
 }
 
+/// What kept something from starting in this process, by kind: a CA whose directory another process
+/// holds, an identity, a trust store, a directory of tokens. There is no object yet that could count it,
+/// so the process does; every engine exports it (`stoq_certificate_faults_total{by="start"}`).
+#[must_use]
+pub fn start_faults() -> &'static FaultCounters {
+    static FAULTS: FaultCounters = FaultCounters::new();
+    &FAULTS
+}
+
+/// Counts in [`start_faults`] what `started` failed with.
+pub(super) fn count_start<T>(started: Result<T, CertsError>) -> Result<T, CertsError> {
+    started.inspect_err(|error| start_faults().record(error.fault()))
+}
+
 /// Counts faults by kind; shared by all shards, touched once per failed handshake or renewal.
 #[derive(Debug, Default)]
 pub struct FaultCounters {
@@ -258,6 +274,12 @@ pub struct FaultCounters {
 }
 
 impl FaultCounters {
+    /// None counted yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { counts: [const { AtomicU64::new(0) }; CertificateFault::ALL.len()] }
+    }
+
     /// Counts one `fault`.
     pub fn record(&self, fault: CertificateFault) {
         // Relaxed: a counter publishes nothing but itself.

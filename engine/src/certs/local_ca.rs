@@ -25,7 +25,7 @@ use super::ca_state::CaState;
 use super::constraints::NamePolicy;
 use super::csr::check_request;
 use super::error::{CaError, CertsError};
-use super::fault::CertificateFault;
+use super::fault::{CertificateFault, count_start};
 use super::keys::{KeyAlgorithm, PrivateKey};
 use super::maintenance::Periodic;
 use super::names::{CertificateSummary, IdentityNames};
@@ -157,7 +157,9 @@ impl LocalCa {
         config: LocalCaConfig,
         clock: Arc<dyn WallClock>,
     ) -> Result<Self, CertsError> {
-        Self::with_storage(Box::new(Directory::open(directory)?), config, clock)
+        let opened = Directory::open(directory)
+            .and_then(|directory| Self::with_storage(Box::new(directory), config, clock));
+        count_start(opened)
     }
 
     /// A CA that leaves nothing behind: self-signed nodes, tests.
@@ -341,6 +343,10 @@ impl CertificateAuthority for LocalCa {
         self.save(&state).map_err(|error| CaError::Storage(Box::new(error)))?;
         inner.state = state;
         Ok(vec![leaf, inner.material.intermediate.clone()])
+    }
+
+    fn is_revoked(&self, serial: &str) -> bool {
+        self.lock().state.is_revoked(serial)
     }
 
     /// As last signed, by [`Self::revocation_list`] or by polling; signed now if it never was.

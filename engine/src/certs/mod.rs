@@ -48,7 +48,7 @@ mod wall_clock;
 
 pub use authority::{CertificateAuthority, CertificateRequest, RenewalWindow};
 pub use error::{CaError, CertsError};
-pub use fault::{CertificateFault, FaultCounters};
+pub use fault::{CertificateFault, FaultCounters, start_faults};
 pub use keys::KeyAlgorithm;
 pub use local_ca::{LocalCa, LocalCaConfig};
 pub use maintenance::{MaintenanceThread, Periodic};

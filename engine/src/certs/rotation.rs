@@ -28,7 +28,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use super::authority::{CertificateAuthority, CertificateRequest, key_and_request};
 use super::error::CertsError;
-use super::fault::{CertificateFault, FaultCounters};
+use super::fault::{CertificateFault, FaultCounters, count_start};
 use super::keys::{KeyAlgorithm, PrivateKey};
 use super::local_ca::{LocalCa, LocalCaConfig};
 use super::maintenance::{MaintenanceThread, Periodic};
@@ -247,6 +247,10 @@ impl IdentityBuilder {
     /// No usable certificate could be had (unless pending is allowed), or the configuration is
     /// invalid.
     pub fn start(self) -> Result<Arc<RotatingIdentity>, CertsError> {
+        count_start(self.obtain_first())
+    }
+
+    fn obtain_first(self) -> Result<Arc<RotatingIdentity>, CertsError> {
         let (source, mut roots) = match self.source {
             SourceChoice::Given(source) => (source, self.roots),
             SourceChoice::SelfSigned(names) => {
@@ -263,7 +267,7 @@ impl IdentityBuilder {
         roots.dedup();
         let trust = match roots.is_empty() {
             true => None,
-            false => Some(TrustStore::builder().roots(roots.clone()).build()?),
+            false => Some(TrustStore::builder().roots(roots.clone()).load()?),
         };
         let now = self.clock.now();
         let rng = match self.jitter_seed {

@@ -11,7 +11,7 @@ use aws_lc_rs::{hkdf, hmac};
 use quinn_proto::crypto::{HandshakeTokenKey, HmacKey};
 
 use super::error::CertsError;
-use super::fault::CertificateFault;
+use super::fault::{CertificateFault, count_start};
 use super::storage::{Access, replace_file};
 use super::{names, pem};
 
@@ -46,6 +46,10 @@ impl SharedKeys {
     /// # Errors
     /// The file is readable by others, has another content, or a system call failed.
     pub fn load_or_create(path: &Path) -> Result<Self, CertsError> {
+        count_start(Self::open(path))
+    }
+
+    fn open(path: &Path) -> Result<Self, CertsError> {
         let missing = !path.try_exists().map_err(|error| CertsError::file("stat", path, error))?;
         if missing {
             let secret = random_secret()?;

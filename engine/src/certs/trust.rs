@@ -20,6 +20,7 @@ use rustls::server::danger::ClientCertVerifier;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 
 use super::error::CertsError;
+use super::fault::{FaultCounters, count_start};
 use super::maintenance::Periodic;
 use super::{pem, provider};
 
@@ -34,7 +35,8 @@ pub struct TrustStore {
     /// What the files looked like when they were last read.
     stamps: Mutex<Vec<FileStamp>>,
     reloads: AtomicU64,
-    failures: AtomicU64,
+    /// Changed files that were refused.
+    faults: Arc<FaultCounters>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -107,6 +109,10 @@ impl TrustStoreBuilder {
     /// # Errors
     /// No root at all, or a file that cannot be read or parsed.
     pub fn build(self) -> Result<Arc<TrustStore>, CertsError> {
+        count_start(self.load())
+    }
+
+    pub(super) fn load(self) -> Result<Arc<TrustStore>, CertsError> {
         let stamps = self.sources.stamps();
         let loaded = self.sources.load()?;
         Ok(Arc::new(TrustStore {
@@ -114,7 +120,7 @@ impl TrustStoreBuilder {
             loaded: ArcSwap::from_pointee(loaded),
             stamps: Mutex::new(stamps),
             reloads: AtomicU64::new(0),
-            failures: AtomicU64::new(0),
+            faults: Arc::default(),
         }))
     }
 }
@@ -135,7 +141,13 @@ impl TrustStore {
     /// Changed files that could not be taken over; the trust before them stands.
     #[must_use]
     pub fn failure_count(&self) -> u64 {
-        self.failures.load(Ordering::Relaxed)
+        self.faults.total()
+    }
+
+    /// Likewise, by kind.
+    #[must_use]
+    pub fn faults(&self) -> &Arc<FaultCounters> {
+        &self.faults
     }
 
     pub(super) fn loaded(&self) -> Arc<Loaded> {
@@ -159,7 +171,7 @@ impl TrustStore {
                 true
             }
             Err(error) => {
-                self.failures.fetch_add(1, Ordering::Relaxed);
+                self.faults.record(error.fault());
                 tracing::warn!(%error, "cannot reload trust; the previous one stands");
                 false
             }

@@ -4,11 +4,12 @@
 //! `_total` behind what only rises. Drops are one family with a `reason` label.
 
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use super::ShardMetrics;
 use super::histogram::{Histogram, Merged};
-use crate::certs::{CertificateFault, RotatingIdentity};
+use crate::certs::{CertificateFault, FaultCounters, RotatingIdentity, start_faults};
 use crate::datapath::Capabilities;
 
 /// Upper bounds of the exported latency buckets, ns: 1, 2 and 5 of every power of ten.
@@ -42,6 +43,15 @@ const BATCH_BOUNDS: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 const SHARD_GAUGES: [&str; 3] = ["connections", "streams", "tx_queue_connections"];
 const DATAPATH_GAUGES: [&str; 3] = ["frames_free", "frames_fill", "frames_tx"];
 const POOL_GAUGES: [&str; 6] = ["peers", "connections", "idle", "leases", "connecting", "waiters"];
+
+/// What an engine shows of certificates.
+#[derive(Clone, Default)]
+pub(crate) struct Certificates {
+    /// The identity that is served.
+    pub(crate) rotation: Option<Arc<RotatingIdentity>>,
+    /// Further counters of faults, and who keeps them.
+    pub(crate) faults: Vec<(&'static str, Arc<FaultCounters>)>,
+}
 
 /// Families of metrics in the order in which they were first named.
 #[derive(Default)]
@@ -103,7 +113,7 @@ fn escape(value: &str) -> String {
 pub(crate) fn render<'a>(
     shards: impl IntoIterator<Item = &'a ShardMetrics>,
     steered: &[(&str, u64)],
-    rotation: Option<&RotatingIdentity>,
+    certificates: &Certificates,
 ) -> String {
     let mut out = Exposition::default();
     let version = concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"");
@@ -150,9 +160,14 @@ pub(crate) fn render<'a>(
         let family = out.family("stoq_steering_packets_total", "counter", help);
         family.sample("", &format!("outcome=\"{outcome}\""), *packets);
     }
-    if let Some(identity) = rotation {
+    if let Some(identity) = &certificates.rotation {
         certificate(&mut out, identity);
+        faults(&mut out, "identity", identity.faults());
     }
+    for (by, counters) in &certificates.faults {
+        faults(&mut out, by, counters);
+    }
+    faults(&mut out, "start", start_faults());
     out.into_text()
 }
 
@@ -180,11 +195,25 @@ fn certificate(out: &mut Exposition, identity: &RotatingIdentity) {
         let family = out.family(&format!("stoq_certificate_{name}_total"), "counter", help);
         family.sample("", "", count);
     }
-    let help = "Refused certificates and failed renewals, by kind.";
+    if let Some(serial) = &status.serial {
+        let labels = format!("serial=\"{}\"", escape(serial));
+        out.family("stoq_certificate_info", "gauge", "The served certificate.")
+            .sample("", &labels, 1);
+    }
+    if let Some(error) = &status.last_error {
+        let labels = format!("error=\"{}\"", escape(error));
+        let help = "Why the last renewal failed; absent after a success.";
+        out.family("stoq_certificate_last_error", "gauge", help).sample("", &labels, 1);
+    }
+}
+
+/// What was refused by whom, each kind by its name.
+fn faults(out: &mut Exposition, by: &str, counters: &FaultCounters) {
+    let help = "Refused certificates, keys, tokens and handshakes, by kind and by who refused.";
     let family = out.family("stoq_certificate_faults_total", "counter", help);
     for fault in CertificateFault::ALL {
-        let label = format!("fault=\"{}\"", fault.label());
-        family.sample("", &label, identity.faults().count(fault));
+        let labels = format!("by=\"{}\",fault=\"{}\"", escape(by), fault.label());
+        family.sample("", &labels, counters.count(fault));
     }
 }
 
@@ -278,7 +307,7 @@ mod tests {
         for metrics in &metrics {
             metrics.set_path(capabilities());
         }
-        render(&metrics, &[("steered_by_id", 3)], None)
+        render(&metrics, &[("steered_by_id", 3)], &Certificates::default())
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use quinn_proto::crypto;
 
 use crate::certs::{
-    CertsError, ClientAuth, ClientTls, IdentityNames, MaintenanceThread, RotatingIdentity,
-    ServerTls, SystemWallClock, TrustStore,
+    CertsError, ClientAuth, ClientTls, FaultCounters, IdentityNames, MaintenanceThread,
+    RotatingIdentity, ServerTls, SystemWallClock, TrustStore,
 };
 use crate::config::{ConfigError, TlsConfig, TransportConfig};
 use crate::error::StartError;
@@ -17,6 +17,8 @@ pub(super) struct BuiltTls {
     pub(super) client: Option<Arc<dyn crypto::ClientConfig>>,
     pub(super) identity: Option<Arc<RotatingIdentity>>,
     pub(super) maintenance: Vec<MaintenanceThread>,
+    /// What to export, and whose it is.
+    pub(super) faults: Vec<(&'static str, Arc<FaultCounters>)>,
 }
 
 pub(super) fn build(config: &TransportConfig) -> Result<BuiltTls, StartError> {
@@ -36,7 +38,9 @@ pub(super) fn build(config: &TransportConfig) -> Result<BuiltTls, StartError> {
         client: None,
         identity: identity.clone(),
         maintenance: Vec::new(),
+        faults: Vec::new(),
     };
+    built.faults.extend(trust.iter().map(|trust| ("trust", trust.faults().clone())));
     if let Some(identity) = &identity {
         let auth = match &trust {
             Some(trust) if tls.client_certificates => ClientAuth::Required(trust.clone()),
@@ -53,6 +57,7 @@ pub(super) fn build(config: &TransportConfig) -> Result<BuiltTls, StartError> {
             .build()
             .map_err(refused)?;
         built.maintenance.push(server.spawn_maintenance().map_err(refused)?);
+        built.faults.push(("server", server.faults().clone()));
         built.server = Some(server.crypto());
     }
     if let Some(trust) = trust {
@@ -68,6 +73,7 @@ pub(super) fn build(config: &TransportConfig) -> Result<BuiltTls, StartError> {
         }
         let client = client.build().map_err(refused)?;
         built.maintenance.push(client.spawn_maintenance().map_err(refused)?);
+        built.faults.push(("client", client.faults().clone()));
         built.client = Some(client.crypto());
     }
     Ok(built)

@@ -44,7 +44,7 @@ pub struct TrustchainServer {
     clock: Arc<dyn WallClock>,
     tokens: TokenStore,
     fleet_keys: Option<SharedKeys>,
-    faults: FaultCounters,
+    faults: Arc<FaultCounters>,
     enrolled: AtomicU64,
     renewed: AtomicU64,
     refused: AtomicU64,
@@ -82,7 +82,7 @@ impl TrustchainServer {
             clock,
             tokens: TokenStore::Memory(std::sync::Mutex::default()),
             fleet_keys: None,
-            faults: FaultCounters::default(),
+            faults: Arc::default(),
             enrolled: AtomicU64::new(0),
             renewed: AtomicU64::new(0),
             refused: AtomicU64::new(0),
@@ -128,7 +128,7 @@ impl TrustchainServer {
 
     /// Refused tokens and failed storage by kind.
     #[must_use]
-    pub fn faults(&self) -> &FaultCounters {
+    pub fn faults(&self) -> &Arc<FaultCounters> {
         &self.faults
     }
 
@@ -236,6 +236,13 @@ impl TrustchainServer {
         if let Err(error) = peer.certificate.check_dates(self.clock.now()) {
             self.faults.record(error.fault());
             return Err(refusal(RefusalCode::Unauthorized, error.to_string()));
+        }
+        // So may a revocation have come since.
+        if self.ca.is_revoked(&peer.certificate.serial) {
+            let fault = CertificateFault::Revoked;
+            self.faults.record(fault);
+            tracing::warn!(serial = %peer.certificate.serial, "trustchain: a revoked node asks");
+            return Err(refusal(RefusalCode::Unauthorized, fault.advice()));
         }
         Ok(&peer.certificate.names)
     }

@@ -230,6 +230,33 @@ fn the_revocation_list_is_for_everybody() {
     list(1);
 }
 
+/// Its connection was authenticated before the revocation: the handshake's check comes too late for it.
+#[test]
+fn a_revoked_node_whose_connection_still_stands_gets_no_other_certificate() {
+    let clock = Service::new().clock;
+    let ca = Arc::new(LocalCa::in_memory(LocalCaConfig::default(), clock.clone()).unwrap());
+    let keys = SharedKeys::from_secret(&[9; 64]).unwrap();
+    let server = TrustchainServer::new(ca.clone(), clock).with_fleet_keys(keys);
+    let token = server.create_token(names(), HOUR).unwrap();
+    let token = crate::certs::names::unhex(&token).unwrap();
+    let node = peer(&server.handle_request(&Message::Enrol { token, csr: csr() }, None));
+    let requests = [Message::Renew { csr: csr() }, Message::Keys];
+    for request in &requests {
+        let answer = server.handle_request(request, Some(&node));
+        assert!(!matches!(answer, Message::Refused { .. }), "{answer:?}");
+    }
+    ca.revoke(&names()).unwrap();
+    let issued = ca.issued_count();
+    for (index, request) in requests.iter().enumerate() {
+        let answer = server.handle_request(request, Some(&node));
+        assert_eq!(code(&answer), RefusalCode::Unauthorized);
+        let Message::Refused { reason, .. } = answer else { unreachable!() };
+        assert!(reason.contains("revoked"), "{reason}");
+        assert_eq!(server.faults().count(CertificateFault::Revoked), index as u64 + 1);
+    }
+    assert_eq!(ca.issued_count(), issued, "a revoked node would outlive its revocation");
+}
+
 #[test]
 fn machines_with_the_same_names_share_a_secret() {
     let service = Service::new();

@@ -21,7 +21,7 @@ use aws_lc_rs::digest;
 use serde::{Deserialize, Serialize};
 
 use crate::certs::error::CertsError;
-use crate::certs::fault::CertificateFault;
+use crate::certs::fault::{CertificateFault, count_start};
 use crate::certs::names::IdentityNames;
 use crate::certs::pem;
 use crate::certs::storage::{Access, replace_file, sync_parent};
@@ -153,6 +153,10 @@ impl TokenDirectory {
     /// # Errors
     /// Others can write to it, or a system call failed.
     pub fn open(path: &Path) -> Result<Self, CertsError> {
+        count_start(Self::open_directory(path))
+    }
+
+    fn open_directory(path: &Path) -> Result<Self, CertsError> {
         match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => sync_parent(path)?,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
