@@ -218,6 +218,34 @@ fn a_transfer_goes_on_over_the_socket_alone() {
     transfer.finish_intact();
 }
 
+/// The kernel gives the sockets that stand in each its own shard's packets.
+#[test]
+fn sockets_that_stand_in_are_steered() {
+    let link = Link::new("standby steered", 2);
+    let transfer = link.transfer_with(2, |config| {
+        config.failover_backoff_ms_min = 60_000;
+        config.failover_backoff_ms_max = 60_000;
+    });
+    let server = &*transfer.server;
+    let steered = || {
+        let counters = server.steering_counters().expect("it runs").expect("the kernel answers");
+        counters.iter().find(|(name, _)| *name == "steered_by_id").expect("counted").1
+    };
+    let reasons = server.datapath_reasons();
+    assert!(reasons.iter().any(|reason| reason.contains("beside the rings: packets are steered")));
+    link.disconnect();
+    wait_for_all([server, &transfer.client], "the socket stands in", on_standby);
+    link.connect(1500, 2);
+    transfer.advance(SOME, PATIENCE);
+    let handed_over = || server.stats().iter().map(|stats| stats.shard.rx_handed_over).sum::<u64>();
+    let (steered_before, handed_over_before) = (steered(), handed_over());
+    transfer.advance(SOME, PATIENCE);
+    wait_until("the kernel steers", PATIENCE, || steered() > steered_before);
+    assert_eq!(handed_over(), handed_over_before, "each packet meets its shard");
+    transfer.finish_intact();
+    link.assert_clean();
+}
+
 #[test]
 fn link_down_is_no_failover() {
     let link = Link::new("link down", 1);
