@@ -125,22 +125,22 @@ impl Authority for Ca {
     }
 }
 
-/// What happens to the CA in a step: stopped for 20 of each 60 seconds, and twice worse.
+/// What happens to the CA in a step: stopped for 10 of each 30 seconds, and twice worse.
 fn misfortune(ca: &mut Ca, step: u64, steps: u64) {
-    match step % 60 {
+    match step % 30 {
         0 => ca.stop(),
-        20 => ca.start(),
+        10 => ca.start(),
         _ => {}
     }
     let blocked = ca.place.directory.join("ca/state.toml.tmp");
     // Once: for eleven seconds nothing can be written, as on a full disk.
-    if step == steps / 2 / 60 * 60 + 25 {
+    if step == steps / 2 / 60 * 60 + 15 {
         std::fs::create_dir(&blocked).expect("blocked");
-    } else if step == steps / 2 / 60 * 60 + 36 {
+    } else if step == steps / 2 / 60 * 60 + 26 {
         std::fs::remove_dir(&blocked).expect("unblocked");
     }
     // In every other minute it dies after issuing, and is started again a step later.
-    if step % 120 == 24 {
+    if step % 120 == 14 {
         ca.dies.store(true, Ordering::SeqCst);
     }
 }
@@ -175,7 +175,7 @@ fn rotation_breaks_nothing_while_the_ca_comes_and_goes() {
     );
     assert!(renewals >= 2 * steps / LIFETIME_S, "{renewals} renewals");
     if steps >= 240 {
-        assert!(failures > 0 && ca.starts >= steps / 60 && ca.deaths.load(Ordering::SeqCst) > 0);
+        assert!(failures > 0 && ca.starts >= steps / 30 && ca.deaths.load(Ordering::SeqCst) > 0);
     }
     soak.end(&mut ca);
 }

@@ -95,6 +95,8 @@ impl Node {
         let identity = RotatingIdentity::with_authority(remote.clone(), names)
             .roots([place.root.clone()])
             .clock(place.clock.clone())
+            // One each, the same in each run.
+            .jitter_seed(name.bytes().map(u64::from).sum())
             .store(place.directory.join(format!("{name}.pem")))
             .on_event(move |event| {
                 if let RotationEvent::Alarm { alarm, .. } = event {
