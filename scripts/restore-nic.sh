@@ -15,10 +15,11 @@ restore_file=${STOQ_STATE_DIR:-/var/lib/stoq}/nic-$interface.restore
 [[ -f $restore_file ]] || die "$restore_file is not there: nothing was changed"
 
 failed=0
-while read -r -a words; do
+while read -r -a words || ((${#words[@]} > 0)); do
     case ${words[0]:-} in
         "" | "#"*) continue ;;
         ethtool)
+            [[ ${words[1]} =~ ^-[LGNKX]$ && ${words[2]} == "$interface" ]] || die "unexpected line: ${words[*]}"
             echo "  ${words[*]}"
             "${words[@]}" || failed=$((failed + 1))
             ;;

@@ -13,6 +13,8 @@
 #                       interrupts of the NIC are kept off them
 #   --dry-run           print what would be done, change nothing
 #
+# It changes all or nothing: when it ends early, by an error or a signal, it puts back what it had changed.
+# What a driver refuses is told and left as it was; that is no error.
 # Run it before STOQ starts: changing queues or rings resets the link on many drivers.
 set -euo pipefail
 
@@ -81,6 +83,23 @@ fi
 
 restore_commands=()
 changes=0
+
+# At every exit before the last line: what was changed until then goes back.
+finished=""
+put_back() {
+    local status=$?
+    if [[ -z $finished && ${#restore_commands[@]} -gt 0 ]]; then
+        echo "setup-nic: ended early; putting $interface back" >&2
+        "$(dirname "$0")/restore-nic.sh" "$interface" >&2 || status=1
+        # An early end is no success, whatever the last command said.
+        ((status != 0)) || status=1
+    fi
+    exit "$status"
+}
+trap put_back EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 # change WHAT OLD NEW RESTORE-COMMAND COMMAND...
 # The restore command is recorded before the change is made.
@@ -243,3 +262,4 @@ else
     rm -f "$restore_file"
     echo "nothing to change"
 fi
+finished=1

@@ -1,7 +1,6 @@
 //! `stoq serve`: files by hq-interop and the perf protocol, on the shards themselves.
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::net::SocketAddrV6;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use bytes::Bytes;
 use clap::Args as ClapArgs;
+use rustc_hash::FxHashMap;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use stoq::app::{ConnId, ShardApp, ShardCx};
@@ -234,9 +234,9 @@ enum Protocol {
 #[derive(Default)]
 struct Service {
     readers: Option<FileReaders>,
-    protocols: HashMap<ConnId, Protocol>,
-    streams: HashMap<(ConnId, StreamId), Stream>,
-    datagrams: HashMap<ConnId, DatagramSink>,
+    protocols: FxHashMap<ConnId, Protocol>,
+    streams: FxHashMap<(ConnId, StreamId), Stream>,
+    datagrams: FxHashMap<ConnId, DatagramSink>,
 }
 
 impl Service {

@@ -61,14 +61,21 @@ pub const MAILBOX_COMMANDS_PER_TURN_MAX: usize = 256;
 /// Steps of handshakes, up to 150 µs each, that received datagrams cause in one turn at most, and
 /// likewise datagrams of other shards and commands of either kind; what came behind them waits.
 pub const HANDSHAKE_STEPS_MAX: usize = 3;
+/// Connections that received datagrams wake up in one turn at most, and likewise datagrams of other
+/// shards and commands of either kind: with 100 000 of them each is cold, and costs several µs.
+pub const CONNECTIONS_PER_SHARE_MAX: usize = 64;
 /// Connections whose statistics one turn publishes for handles at most.
 pub const STATS_PUBLISHED_PER_TURN_MAX: usize = 64;
 /// Connections that a shutdown closes in one turn at most.
 pub const CLOSES_PER_TURN_MAX: usize = 128;
 /// Entries of the timer wheel that one turn expires or moves at most.
-pub const TIMERS_PER_TURN_MAX: usize = 128;
+pub const TIMERS_PER_TURN_MAX: usize = 64;
+/// Timers of applications that fire in one turn at most, those set meanwhile included.
+pub const APP_TIMERS_PER_TURN_MAX: usize = 64;
 /// Packets that one connection sends before the next connection has its turn.
 pub const TX_PACKETS_PER_VISIT_MAX: usize = 64;
+/// Connections that send in one turn at most.
+pub const TX_VISITS_PER_TURN_MAX: usize = 64;
 /// Stateless replies (version negotiation, retry, refusals, resets) kept for a full TX ring.
 pub const TX_RESPONSES_QUEUED_MAX: usize = 256;
 /// Distinct largest UDP payloads that a shard keeps settings for: one per interface or path MTU.

@@ -19,7 +19,7 @@ use quinn_proto::VarInt;
 use quinn_proto::crypto;
 
 use crate::app::ShardApp;
-use crate::certs::{FaultCounters, RotatingIdentity};
+use crate::certs::{CertsError, FaultCounters, RotatingIdentity, SharedKeys};
 use crate::clock::SystemClock;
 use crate::config::{CidConfig, CidKey, ConfigError, POOL_EVENTS_QUEUED_MAX, TransportConfig};
 use crate::datapath::af_xdp::AfXdp;
@@ -173,6 +173,18 @@ impl Builder {
     pub fn cid_key(mut self, key: CidKey) -> Self {
         self.config.cid.key = Some(key);
         self
+    }
+
+    /// The keys of stateless resets, address tokens and connection IDs, in place of random ones of
+    /// this start. Engines behind one balancer that share them open each other's tokens, and a server
+    /// that starts again with them ends the connections of its former life at once (RFC 9000 §10.3).
+    ///
+    /// # Errors
+    /// Key derivation failed inside the cryptography library.
+    pub fn shared_keys(mut self, keys: &SharedKeys) -> Result<Self, CertsError> {
+        self.identity.reset_key = Some(keys.reset_key());
+        self.identity.token_key = Some(keys.token_key());
+        Ok(self.cid_key(CidKey::new(&keys.connection_id_key()?)))
     }
 
     /// Where address tokens of servers are kept for the next connections to them, in place of 256

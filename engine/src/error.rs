@@ -205,6 +205,18 @@ pub enum ReadToEndError {
     Read(#[from] ReadError),
 }
 
+/// Why [`RecvStream::read_exact`](crate::stream::RecvStream::read_exact) failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadExactError {
+    /// The stream ended before the buffer was full; so many bytes were read.
+    #[error("the stream ended after {0} bytes, before the buffer was full")]
+    FinishedEarly(usize),
+    /// Reading failed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
 /// Why a datagram was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

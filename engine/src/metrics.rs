@@ -207,6 +207,9 @@ cells! {
     returns: "Times that the device was taken into use again.",
     system_calls: "System calls made to receive, to kick and to send.",
     copied_bytes: "Bytes copied between packet memory and the engine's buffers.",
+    frames_free: "AF_XDP: frames of packet memory that are free.",
+    frames_fill: "AF_XDP: frames that are with the kernel for receiving.",
+    frames_tx: "AF_XDP: frames that are with the kernel for sending.",
 }
 
 /// What a shard publishes; shared with readers.

@@ -9,7 +9,9 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes};
 use quinn_proto::{StreamId, VarInt};
 
-use crate::error::{ConnectionError, ReadError, ReadToEndError, ResetError, WriteError};
+use crate::error::{
+    ConnectionError, ReadError, ReadExactError, ReadToEndError, ResetError, WriteError,
+};
 use crate::handles::{ConnRef, RecvEnd, StreamShared};
 
 /// The sending half of a stream.
@@ -94,6 +96,19 @@ impl SendStream {
             Poll::Ready(Ok(taken))
         })
         .await
+    }
+
+    /// Writes all chunks by reference. Chunks that were taken are left empty, so a call that was
+    /// dropped may be repeated with the same chunks.
+    ///
+    /// # Errors
+    /// The stream or the connection can take no more.
+    pub async fn write_all_chunks(&mut self, mut chunks: &mut [Bytes]) -> Result<(), WriteError> {
+        while !chunks.is_empty() {
+            let taken = self.write_chunks(chunks).await?;
+            chunks = &mut chunks[taken..];
+        }
+        Ok(())
     }
 
     /// Marks the end of the stream: nothing more can be written. Returns at once;
@@ -306,6 +321,21 @@ impl RecvStream {
         let len = chunk.len();
         chunk.copy_to_slice(&mut buffer[..len]);
         Ok(Some(len))
+    }
+
+    /// Fills `buffer`. Not cancel-safe: a dropped future has consumed a part.
+    ///
+    /// # Errors
+    /// The stream ends before, or reading fails.
+    pub async fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), ReadExactError> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match self.read(&mut buffer[filled..]).await? {
+                Some(bytes) => filled += bytes,
+                None => return Err(ReadExactError::FinishedEarly(filled)),
+            }
+        }
+        Ok(())
     }
 
     /// Reads to the end of the stream. Not cancel-safe: a dropped future has consumed a part.

@@ -1,5 +1,5 @@
-//! What a receiving handle tells of a stream's end without reading, and after it was stopped; and
-//! that a client whom an application on the shard forgets is refused.
+//! What a receiving handle tells of a stream's end without reading, after it was stopped, and where a
+//! buffer is to be filled; and that a client whom an application on the shard forgets is refused.
 #![allow(clippy::unwrap_used)]
 
 #[path = "common/pair.rs"]
@@ -8,6 +8,7 @@ mod pair;
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::join;
 use pair::{NAME, Pair, Watchdog, config, counters, wait_for};
 use pollster::block_on;
@@ -15,7 +16,7 @@ use stoq::VarInt;
 use stoq::app::{Incoming, ShardApp, ShardCx};
 use stoq::config::TransportConfig;
 use stoq::engine::Engine;
-use stoq::error::{ConnectionError, ReadError, ReadToEndError, ResetError};
+use stoq::error::{ConnectionError, ReadError, ReadExactError, ReadToEndError, ResetError};
 
 fn code(value: u32) -> VarInt {
     VarInt::from_u32(value)
@@ -98,6 +99,43 @@ impl ShardApp for Forgetful {
     fn handle_message(&mut self, _cx: &mut ShardCx<'_>, _message: Box<dyn std::any::Any + Send>) {
         self.kept = None;
     }
+}
+
+#[test]
+fn buffers_are_filled_and_chunks_written_whole() {
+    let _watchdog = Watchdog::new("exact");
+    // Room for one chunk at a time, so that both calls have to wait in between.
+    let config = TransportConfig { stream_send_queue_bytes: 1000, ..config() };
+    let pair = Pair::with(config.clone(), config);
+    block_on(async {
+        let connecting = pair.client.connect(pair.server.local_addr(), NAME);
+        // Awaited, a client is accepted.
+        let (client, server) =
+            join(connecting, async { pair.server.accept().await.unwrap().await }).await;
+        let (client, server) = (client.unwrap(), server.unwrap());
+        let write = async {
+            let mut send = client.open_uni().await.unwrap();
+            let mut chunks: Vec<Bytes> = (0..10).map(|n| Bytes::from(vec![n; 700])).collect();
+            send.write_all_chunks(&mut chunks).await.unwrap();
+            assert!(chunks.iter().all(Bytes::is_empty));
+            send.finish().unwrap();
+            assert_eq!(send.write_all_chunks(&mut []).await, Ok(()), "nothing to write");
+        };
+        let read = async {
+            let mut recv = server.accept_uni().await.unwrap();
+            for n in 0..7 {
+                let mut buffer = [0; 1000];
+                recv.read_exact(&mut buffer).await.unwrap();
+                let expected = |at: usize| ((n * 1000 + at) / 700) as u8;
+                assert!((0..1000).all(|at| buffer[at] == expected(at)));
+            }
+            assert_eq!(recv.read_exact(&mut []).await, Ok(()));
+            let end = recv.read_exact(&mut [0; 10]).await;
+            assert_eq!(end, Err(ReadExactError::FinishedEarly(0)));
+        };
+        join(write, read).await;
+    });
+    pair.wait_idle();
 }
 
 #[test]

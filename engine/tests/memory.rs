@@ -186,6 +186,24 @@ fn stalled_readers_stay_within_the_bound() {
     assert_within("connections with a stalled reader", stalled, bytes, bound);
 }
 
+/// Windows are permissions, not memory: 1 GiB of each costs a connection that carries nothing no byte.
+#[test]
+fn fresh_connections_hold_no_reserved_buffer() {
+    let Some(()) = measured("fresh_connections_hold_no_reserved_buffer") else { return };
+    const WINDOW_BYTES: u64 = 1 << 30;
+    let config = TransportConfig {
+        receive_buffer_size: WINDOW_BYTES,
+        stream_receive_buffer_size: WINDOW_BYTES,
+        send_buffer_size: WINDOW_BYTES,
+        stream_send_queue_bytes: WINDOW_BYTES as usize,
+        stream_receive_queue_bytes: WINDOW_BYTES as usize,
+        ..config()
+    };
+    let count = 1000 * scale();
+    let bound = 2 * config.idle_connection_bytes_max() * count as u64;
+    assert_within("connections with vast windows", count, measure(count, &config, None, 2), bound);
+}
+
 /// With the default windows of 16 MiB: what a reader takes at once is not held.
 #[test]
 fn readers_that_keep_up_cost_no_window() {

@@ -12,6 +12,7 @@ use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -229,12 +230,53 @@ impl Wiretap {
         Self { addr, heard, stop, thread: Some(thread) }
     }
 
+    /// Waits until the client has said something early: what it asks later may follow the handshake.
+    async fn early_data(&self) {
+        let is_early = |datagram: &Vec<u8>| has_early_data(datagram);
+        std::future::poll_fn(|cx| {
+            if self.heard.lock().expect("not poisoned").iter().any(is_early) {
+                return Poll::Ready(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
+    }
+
     /// What the client said, ended.
     fn end(mut self) -> Vec<Vec<u8>> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().expect("once").join().expect("the tap did not panic");
         std::mem::take(&mut *self.heard.lock().expect("not poisoned"))
     }
+}
+
+/// Whether one of the packets in a datagram is a 0-RTT packet (RFC 9000 §17.2.3).
+fn has_early_data(mut datagram: &[u8]) -> bool {
+    /// A variable-length integer (RFC 9000 §16) and what is behind it.
+    fn varint(bytes: &[u8]) -> (usize, &[u8]) {
+        let (number, rest) = bytes.split_at(1 << (bytes[0] >> 6));
+        let number = number.iter().fold(0, |number, byte| number << 8 | usize::from(*byte));
+        (number & ((1 << (8 * (bytes.len() - rest.len()) - 2)) - 1), rest)
+    }
+    // The bit behind the first may be anything (RFC 9287).
+    while datagram.first().is_some_and(|first| first & 0x80 != 0) {
+        let packet_type = datagram[0] >> 4 & 0b11;
+        if packet_type == 0b01 {
+            return true;
+        }
+        let (dcid_bytes, rest) = (usize::from(datagram[5]), &datagram[6..]);
+        let (scid_bytes, rest) = (usize::from(rest[dcid_bytes]), &rest[dcid_bytes + 1..]);
+        let mut rest = &rest[scid_bytes..];
+        if packet_type == 0b00 {
+            let (token_bytes, behind) = varint(rest);
+            rest = &behind[token_bytes..];
+        }
+        let (bytes, behind) = varint(rest);
+        datagram = &behind[bytes..];
+    }
+    false
 }
 
 async fn ask(connection: &Connection) -> Result<Vec<u8>, ReadError> {
@@ -256,6 +298,64 @@ async fn answer(connection: &Connection) -> bool {
     let request = recv.read_to_end(100).await.expect("read");
     send.write_all(&request).await.expect("written");
     recv.is_0rtt()
+}
+
+/// A ticket of one shard is good at every other, early data included.
+#[test]
+fn early_data_is_taken_by_whichever_shard_it_comes_to() {
+    const VISITS: usize = 12;
+    let _watchdog = Watchdog::new("early_data_is_taken_by_whichever_shard_it_comes_to");
+    let tls = ServerTls::builder()
+        .identity_self_signed(names())
+        .alpn(["stoq-test"])
+        .early_data(true)
+        .build()
+        .expect("server TLS");
+    let server = Engine::builder().config(sharded()).server(tls.crypto()).start().expect("starts");
+    let client_tls = ClientTls::builder()
+        .roots(tls.identity().roots().to_vec())
+        .alpn(["stoq-test"])
+        .early_data(true)
+        .build()
+        .expect("client TLS");
+    let client = Engine::builder().config(TransportConfig { zero_rtt: true, ..config() });
+    let client = client.client(client_tls.crypto()).start().expect("starts");
+    visit(&client, &server).expect("a full handshake");
+    let before = accepted_by_shard(&server);
+    block_on(async {
+        for visit in 0..VISITS {
+            let tap = Wiretap::start(server.local_addr());
+            let Ok((early, taken)) = client.connect(tap.addr, NAME).into_0rtt().await else {
+                panic!("visit {visit}: a session is remembered")
+            };
+            let accepting = async {
+                let incoming = server.accept().await.expect("knocks");
+                tap.early_data().await;
+                let connection = incoming.accept().await;
+                let connection = connection.expect("accepted");
+                assert!(answer(&connection).await, "visit {visit}: told that it came early");
+                connection
+            };
+            let (asked, connection) = join(ask(&early), accepting).await;
+            assert_eq!(asked.expect("answered"), b"pay 100");
+            assert!(taken.await, "visit {visit}: the client is told, too");
+            // The next ticket comes behind the handshake.
+            let mut send = early.open_uni().await.expect("a stream");
+            send.write_all(b"thanks").await.expect("written");
+            send.finish().expect("finished");
+            assert_eq!(send.stopped().await, Ok(None));
+            early.close(VarInt::from_u32(0), b"");
+            connection.closed().await;
+            tap.end();
+        }
+    });
+    let took =
+        accepted_by_shard(&server).iter().zip(&before).filter(|(now, then)| now > then).count();
+    assert!(took > 1, "one shard took every visit: tickets were not carried over");
+}
+
+fn accepted_by_shard(server: &Engine) -> Vec<u64> {
+    server.stats().iter().map(|stats| stats.shard.accepted).collect()
 }
 
 /// Everything that a client with early data sent, sent again from elsewhere: the request was carried
@@ -291,8 +391,9 @@ fn a_recorded_flight_with_early_data_is_good_once() {
             panic!("a session is remembered")
         };
         let accepting = async {
-            let connection = server.accept().await.expect("knocks").accept().await;
-            let connection = connection.expect("accepted");
+            let incoming = server.accept().await.expect("knocks");
+            tap.early_data().await;
+            let connection = incoming.accept().await.expect("accepted");
             assert!(answer(&connection).await, "told that it came early");
             connection
         };

@@ -3,14 +3,17 @@
 #[path = "common/sim.rs"]
 mod sim;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
 use sim::{Pair, PairConfig, Plan, Send, pattern};
-use stoq::app::{ShardApp, ShardCx};
+use stoq::app::{ConnId, ShardApp, ShardCx};
 use stoq::clock::{Clock, SimClock};
 use stoq::config::{
-    CLOSES_PER_TURN_MAX, CongestionControl, HANDSHAKE_STEPS_MAX, RetryPolicy, TransportConfig,
+    APP_TIMERS_PER_TURN_MAX, CLOSES_PER_TURN_MAX, CONNECTIONS_PER_SHARE_MAX, CongestionControl,
+    HANDSHAKE_STEPS_MAX, RetryPolicy, TX_VISITS_PER_TURN_MAX, TransportConfig,
 };
 use stoq::datapath::sim::{
     Direction, EndpointId, LinkConfig, Prefix, QueueLimit, SimNetwork, SimNode, run_while,
@@ -335,7 +338,11 @@ struct Watched<'a> {
     clock: SimClock,
     /// Away until then: its packets wait.
     back_at: std::time::Instant,
+    log: sim::SharedLog,
+    /// What one turn did at most: handshakes begun, datagrams sent, datagrams told to the application.
     begun_max: u64,
+    sent_max: u64,
+    heard_max: usize,
 }
 
 impl SimNode for Watched<'_> {
@@ -343,10 +350,18 @@ impl SimNode for Watched<'_> {
         if self.clock.now() < self.back_at {
             return Some(self.back_at);
         }
-        let begun = |counters: ShardCounters| counters.accepted + counters.connects;
-        let before = begun(self.host.counters());
+        let now = |watched: &Self| {
+            let counters: ShardCounters = watched.host.counters();
+            let heard = watched.log.lock().expect("log").datagrams.len();
+            let begun = counters.accepted + counters.connects;
+            (begun, watched.host.datapath_counters().tx_datagrams, heard)
+        };
+        let before = now(self);
         let next = self.host.turn();
-        self.begun_max = self.begun_max.max(begun(self.host.counters()) - before);
+        let after = now(self);
+        self.begun_max = self.begun_max.max(after.0 - before.0);
+        self.sent_max = self.sent_max.max(after.1 - before.1);
+        self.heard_max = self.heard_max.max(after.2 - before.2);
         next
     }
 
@@ -376,11 +391,20 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
         SimHost::new(&clock, network.open(sim::SERVER), server, server_app).expect("server");
     let client = setup(None, Some(client_tls as _), 2);
     let mut client =
-        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd).expect("client");
+        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd::default()).expect("client");
     client.send_to_app(Box::new(CLIENTS));
     // Long enough for every first flight to have arrived.
     let back_at = clock.now() + Duration::from_millis(20);
-    let mut server = Watched { host: &mut server, clock: clock.clone(), back_at, begun_max: 0 };
+    let (clock_seen, seen) = (clock.clone(), log.clone());
+    let mut server = Watched {
+        host: &mut server,
+        clock: clock_seen,
+        back_at,
+        log: seen,
+        begun_max: 0,
+        sent_max: 0,
+        heard_max: 0,
+    };
     let until = Duration::from_secs(20);
     run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || {
         log.lock().expect("log").connected < CLIENTS
@@ -388,6 +412,27 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
     assert_eq!(log.lock().expect("log").connected, CLIENTS);
     let most = server.begun_max;
     assert!((1..=HANDSHAKE_STEPS_MAX as u64).contains(&most), "{most} accepted in one turn");
+
+    // Nor do their datagrams, which are all there after a while away,
+    server.back_at = clock.now() + Duration::from_millis(20);
+    client.send_to_app(Box::new(sim::Ping));
+    run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || {
+        log.lock().expect("log").datagrams.len() < CLIENTS as usize
+    });
+    let most = server.heard_max;
+    assert!(
+        (32..=CONNECTIONS_PER_SHARE_MAX).contains(&most),
+        "{most} connections heard in one turn"
+    );
+    // and what is sent to all at once.
+    server.sent_max = 0;
+    server.host.send_to_app(Box::new(sim::Ping));
+    let before = server.host.datapath_counters().tx_datagrams;
+    let until = 2 * until;
+    run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || true);
+    assert!(server.host.datapath_counters().tx_datagrams - before >= CLIENTS);
+    let most = server.sent_max as usize;
+    assert!((32..=TX_VISITS_PER_TURN_MAX).contains(&most), "{most} connections sent in one turn");
 
     // Nor does their end.
     let before = server.host.counters();
@@ -397,6 +442,45 @@ fn a_crowd_of_clients_does_not_make_long_turns() {
     assert_eq!(client.counters().connections, 0, "every client was told");
     let turns = server.host.counters().turns - before.turns;
     assert!(turns >= CLIENTS / CLOSES_PER_TURN_MAX as u64, "closed in {turns} turns");
+}
+
+/// Sets a timer that is due at once for every number up to what it is told, and again whenever one fires.
+struct Alarms(Arc<AtomicU64>);
+
+impl ShardApp for Alarms {
+    fn handle_message(
+        &mut self,
+        cx: &mut ShardCx<'_>,
+        message: Box<dyn std::any::Any + std::marker::Send>,
+    ) {
+        for token in 0..*message.downcast::<u64>().expect("a number") {
+            cx.set_timer(cx.now(), token);
+        }
+    }
+
+    fn handle_timer(&mut self, cx: &mut ShardCx<'_>, token: u64) {
+        self.0.fetch_add(1, Relaxed);
+        cx.set_timer(cx.now(), token);
+    }
+}
+
+/// Not even timers that are set again as soon as they fire keep a turn from ending.
+#[test]
+fn an_applications_timers_do_not_make_long_turns() {
+    let clock = SimClock::new();
+    let network = SimNetwork::new(clock.clone(), 5);
+    let (server_tls, _) = sim::tls();
+    let config = TransportConfig::default();
+    let setup = SimHostConfig { config, server: Some(server_tls as _), client: None, seed: 1 };
+    let fired = Arc::new(AtomicU64::new(0));
+    let app = Alarms(fired.clone());
+    let mut host = SimHost::new(&clock, network.open(sim::SERVER), setup, app).expect("a host");
+    host.send_to_app(Box::new(3 * APP_TIMERS_PER_TURN_MAX as u64));
+    for turn in 1..=10 {
+        let next = host.turn();
+        assert!(next.is_some_and(|next| next <= clock.now()), "the rest waits: {next:?}");
+        assert_eq!(fired.load(Relaxed), turn * APP_TIMERS_PER_TURN_MAX as u64);
+    }
 }
 
 #[test]
@@ -416,7 +500,7 @@ fn beyond_the_limit_of_connections_clients_are_refused_and_counted() {
     let config = TransportConfig::default();
     let client = SimHostConfig { config, server: None, client: Some(client_tls as _), seed: 2 };
     let mut client =
-        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd).expect("client");
+        SimHost::new(&clock, network.open(sim::CLIENT), client, Crowd::default()).expect("client");
     client.send_to_app(Box::new(LIMIT as u64 + 3));
     let until = Duration::from_secs(5);
     run_while(&mut [&mut client, &mut server], &network, &clock, until, &mut || true);
@@ -427,8 +511,9 @@ fn beyond_the_limit_of_connections_clients_are_refused_and_counted() {
     assert_eq!(client.counters().connections, LIMIT as u64, "the refused ones were told");
 }
 
-/// Connects as often as it is told to, at once.
-struct Crowd;
+/// Connects as often as it is told to, at once, and says something on every connection when told to.
+#[derive(Default)]
+struct Crowd(Vec<ConnId>);
 
 impl ShardApp for Crowd {
     fn handle_message(
@@ -436,8 +521,14 @@ impl ShardApp for Crowd {
         cx: &mut ShardCx<'_>,
         message: Box<dyn std::any::Any + std::marker::Send>,
     ) {
-        for _ in 0..*message.downcast::<u64>().expect("a number") {
-            cx.connect(sim::SERVER, "stoq.test").expect("within the limits");
+        let Ok(wanted) = message.downcast::<u64>() else {
+            for conn in &self.0 {
+                cx.send_datagram(*conn, Bytes::from_static(b"hello")).expect("sent");
+            }
+            return;
+        };
+        for _ in 0..*wanted {
+            self.0.push(cx.connect(sim::SERVER, "stoq.test").expect("within the limits"));
         }
     }
 }

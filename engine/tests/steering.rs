@@ -7,6 +7,7 @@ mod pair;
 #[allow(dead_code, unreachable_pub)]
 mod relay;
 
+use std::any::Any;
 use std::net::Ipv6Addr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,9 +17,14 @@ use pair::{NAME, Pair, Watchdog, config, counters, wait_for};
 use pollster::block_on;
 use quinn_proto::TokenStore;
 use relay::Relay;
-use stoq::config::{CidConfig, CidKey, RetryPolicy, TransportConfig};
+use stoq::VarInt;
+use stoq::app::{ConnId, Incoming, ShardApp, ShardCx};
+use stoq::certs::SharedKeys;
+use stoq::config::{CidConfig, CidKey, RetryPolicy, ServerId, TransportConfig};
 use stoq::connection::Connection;
 use stoq::engine::Engine;
+use stoq::error::ConnectionError;
+use stoq::metrics::ShardCounters;
 
 const SHARDS: usize = 4;
 
@@ -28,8 +34,13 @@ fn sharded() -> TransportConfig {
 
 /// A connection through a relay: the client's end, the server's, and the relay.
 async fn connect_through(pair: &Pair) -> (Connection, Connection, Relay) {
+    connect_with_ids_of(pair, CidConfig::default().length_bytes).await
+}
+
+/// The same where the server's IDs have so many bytes.
+async fn connect_with_ids_of(pair: &Pair, cid_bytes: usize) -> (Connection, Connection, Relay) {
     let server = pair.server.local_addr();
-    let relay = Relay::start(Ipv6Addr::LOCALHOST, server, vec![Ipv6Addr::LOCALHOST], 10);
+    let relay = Relay::start(Ipv6Addr::LOCALHOST, server, vec![Ipv6Addr::LOCALHOST], cid_bytes);
     let connecting = pair.client.connect(relay.addr, NAME);
     let incoming = pair.server.accept().await.expect("a client knocks");
     let (client, server) = futures_util::future::join(connecting, incoming.accept()).await;
@@ -104,6 +115,51 @@ fn ids_are_rotated_under_a_live_connection() {
         assert_eq!(counters(&pair.server).rx_drop_no_owner, 0);
         let same = pair.server.rotate_cids(&with_rotation(3, 4)).expect_err("in use");
         assert_eq!(same.key, "cid.rotation");
+    });
+}
+
+/// New keys and server IDs under live connections of several shards, twice: the IDs that they began
+/// with are dead then, and each has moved on in time.
+#[test]
+fn key_and_server_id_change_twice_under_live_connections() {
+    const CID_BYTES: usize = 20;
+    const CONNECTIONS: usize = 6;
+    let _watchdog = Watchdog::new("key_and_server_id_change_twice_under_live_connections");
+    let with_rotation = |rotation: u8| CidConfig {
+        length_bytes: CID_BYTES,
+        rotation,
+        key: Some(CidKey::new(&[rotation + 1; 16])),
+        server_id: ServerId::new(&[0xa0 | rotation; 4]),
+        lifetime_s: 4,
+        ..CidConfig::default()
+    };
+    let server = TransportConfig { cid: with_rotation(0), idle_timeout_ms: 1_900, ..sharded() };
+    let pair = Pair::with(server, config());
+    block_on(async {
+        let mut links = Vec::new();
+        for _ in 0..CONNECTIONS {
+            links.push(connect_with_ids_of(&pair, CID_BYTES).await);
+        }
+        assert!(shards_that_accepted(&pair.server) > 1, "one shard has all");
+        for rotation in 1..=2_u8 {
+            pair.server.rotate_cids(&with_rotation(rotation)).expect("rotated");
+            let has_moved = |relay: &Relay| relay.cids().iter().any(|cid| cid[0] >> 5 == rotation);
+            let start = Instant::now();
+            while !links.iter().all(|(.., relay)| has_moved(relay)) {
+                for (client, server, relay) in &links {
+                    relay.rebind();
+                    exchange(client, server, 1000).await;
+                }
+                assert!(start.elapsed() < Duration::from_secs(40), "rotation {rotation}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        for (client, server, _) in &links {
+            exchange(client, server, 1000).await;
+        }
+        let counters = counters(&pair.server);
+        assert_eq!(counters.rx_drop_unknown_connection, 0, "{counters:?}");
+        assert_eq!(counters.handshakes_timed_out, 0, "{counters:?}");
     });
 }
 
@@ -190,6 +246,157 @@ fn a_retry_token_is_good_once() {
         assert!(replayed >= 2, "an Initial without and one with a token");
         let (knocked, retried) = (after.incoming - before.incoming, after.retries - before.retries);
         assert_eq!(knocked, retried, "a replayed token was believed: {after:?}");
+    });
+}
+
+/// The token of an Initial packet (RFC 9000 §17.2.2).
+fn token_of(initial: &[u8]) -> &[u8] {
+    let dcid_end = 6 + usize::from(initial[5]);
+    let at = dcid_end + 1 + usize::from(initial[dcid_end]);
+    // A variable-length integer of one or two bytes (RFC 9000 §16).
+    let (len, at) = match initial[at] >> 6 {
+        0 => (usize::from(initial[at]), at + 1),
+        1 => (usize::from(initial[at] & 0x3f) << 8 | usize::from(initial[at + 1]), at + 2),
+        _ => panic!("a token of more than 16383 bytes"),
+    };
+    &initial[at..at + len]
+}
+
+/// A thief behind the same address opens connections of its own, by other IDs and so at other
+/// shards, with the token of somebody's Retry.
+#[test]
+fn a_retry_token_is_good_once_at_whichever_shard_it_is_presented() {
+    let _watchdog = Watchdog::new("a_retry_token_is_good_once_at_whichever_shard_it_is_presented");
+    let server = TransportConfig { retry: RetryPolicy::Always, new_tokens: 0, ..sharded() };
+    let store = Arc::new(Replayer::default());
+    let pair = Pair::build(
+        Engine::builder().config(server),
+        Engine::builder().config(config()).token_store(store.clone()),
+    );
+    block_on(async {
+        let (client, server, relay) = connect_through(&pair).await;
+        exchange(&client, &server, 1000).await;
+        let tokens = relay.initials();
+        let token = tokens.iter().map(|initial| token_of(initial)).find(|token| !token.is_empty());
+        let token = Bytes::copy_from_slice(token.expect("a Retry was demanded"));
+        *store.0.lock().expect("not poisoned") = Some(token);
+        for replay in 0..16 {
+            let before = counters(&pair.server).retries;
+            let connecting = pair.client.connect(relay.addr, NAME);
+            let incoming = pair.server.accept().await.expect("the thief knocks");
+            let (near, far) = futures_util::future::join(connecting, incoming.accept()).await;
+            let (near, far) = (near.expect("connected"), far.expect("accepted"));
+            assert!(counters(&pair.server).retries > before, "replay {replay} was believed");
+            exchange(&near, &far, 1000).await;
+        }
+    });
+    // By the hash of 16 random IDs.
+    let knocked = pair.server.stats().iter().filter(|stats| stats.shard.retries > 0).count();
+    assert!(knocked > 1, "one shard saw every replay");
+}
+
+/// A server that has lost its state, with the keys that it had: each shard tells the connections that
+/// were its own that they are over.
+#[test]
+fn a_server_without_memory_resets_the_connections_of_every_shard() {
+    const CONNECTIONS: usize = 12;
+    let _watchdog = Watchdog::new("a_server_without_memory_resets_the_connections_of_every_shard");
+    let keys = SharedKeys::from_secret(&[5; 64]).expect("keys");
+    let strangers_keys = SharedKeys::from_secret(&[6; 64]).expect("keys");
+    let (server_tls, client_tls) = pair::identity();
+    let start = |keys: &SharedKeys| {
+        let builder = Engine::builder().config(sharded()).server(server_tls.clone());
+        builder.shared_keys(keys).expect("derived").start().expect("the server starts")
+    };
+    let client = Engine::builder().config(config()).client(client_tls).start();
+    let pair = Pair { server: start(&keys), client: client.expect("the client starts") };
+    let (heir, stranger) = (start(&keys), start(&strangers_keys));
+    block_on(async {
+        let mut links = Vec::new();
+        for _ in 0..CONNECTIONS {
+            links.push(connect_through(&pair).await);
+        }
+        assert!(shards_that_accepted(&pair.server) > 1, "one shard has all");
+        for (client, server, relay) in &links {
+            exchange(client, server, 1000).await;
+            relay.retarget(stranger.local_addr());
+            client.send_datagram(Bytes::from_static(b"are you there?")).expect("sent");
+        }
+        wait_for("the stranger has heard them", || {
+            counters(&stranger).rx_drop_no_owner >= CONNECTIONS as u64
+        });
+        for (client, _, relay) in &links {
+            assert_eq!(client.close_reason(), None, "a stranger ended a connection");
+            relay.retarget(heir.local_addr());
+            client.send_datagram(Bytes::from_static(b"are you there?")).expect("sent");
+        }
+        for (client, _, _) in &links {
+            assert_eq!(client.closed().await, ConnectionError::Reset);
+        }
+    });
+    let senders = heir.stats().iter().filter(|stats| stats.shard.tx_stateless > 0).count();
+    assert!(senders > 1, "one shard sent all");
+}
+
+/// A server's application that takes everybody, and gives up those of its shard when told.
+#[derive(Default)]
+struct Fickle(Vec<ConnId>);
+
+impl ShardApp for Fickle {
+    fn handle_incoming(&mut self, cx: &mut ShardCx<'_>, incoming: Incoming) {
+        self.0.extend(cx.accept(incoming));
+    }
+
+    fn handle_message(&mut self, cx: &mut ShardCx<'_>, _close_all: Box<dyn Any + Send>) {
+        for conn in self.0.drain(..) {
+            cx.close(conn, VarInt::from_u32(0), Bytes::new());
+        }
+    }
+}
+
+/// All shards but one have lost their connections: newcomers whose IDs lead to the busy one are sent
+/// elsewhere by a Retry, at no other's cost.
+#[test]
+fn newcomers_avoid_the_one_busy_shard() {
+    const CROWD: usize = 560;
+    const NEWCOMERS: u64 = 60;
+    let _watchdog = Watchdog::new("newcomers_avoid_the_one_busy_shard");
+    let (server_tls, client_tls) = pair::identity();
+    let server = TransportConfig { retry: RetryPolicy::UnderLoad, new_tokens: 0, ..sharded() };
+    let server = Engine::builder().config(server).server(server_tls).app(|_| Fickle::default());
+    let client = Engine::builder().config(config()).client(client_tls);
+    let pair = Pair {
+        server: server.start().expect("the server starts"),
+        client: client.start().expect("the client starts"),
+    };
+    let by_shard = |of: fn(&ShardCounters) -> u64| -> Vec<u64> {
+        pair.server.stats().iter().map(|stats| of(&stats.shard)).collect()
+    };
+    let connect = async || pair.client.connect(pair.server.local_addr(), NAME).await.expect("room");
+    block_on(async {
+        let mut crowd = Vec::new();
+        for _ in 0..CROWD {
+            crowd.push(connect().await);
+        }
+        assert_eq!(counters(&pair.server).retries, 0, "the hash has spread them evenly");
+        for shard in 1..SHARDS {
+            pair.server.send_to_app(shard, Box::new(())).expect("the server runs");
+        }
+        wait_for("the others are empty", || {
+            by_shard(|shard| shard.connections)[1..].iter().all(|connections| *connections == 0)
+        });
+        let before = by_shard(|shard| shard.accepted);
+        for _ in 0..NEWCOMERS {
+            crowd.push(connect().await);
+        }
+        let after = by_shard(|shard| shard.accepted);
+        let came: Vec<u64> =
+            after.iter().zip(&before).map(|(after, before)| after - before).collect();
+        assert_eq!(came.iter().sum::<u64>(), NEWCOMERS);
+        // By the hash alone 15; of those one in 16 draws the busy shard twice and stays.
+        assert!(came[0] <= 5, "{came:?}, retries {:?}", by_shard(|shard| shard.retries));
+        let retries = by_shard(|shard| shard.retries);
+        assert!(retries[0] > 0 && retries[1..].iter().all(|retries| *retries == 0), "{retries:?}");
     });
 }
 

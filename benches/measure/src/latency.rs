@@ -25,6 +25,9 @@ pub struct LatencyUs {
     pub p999: f64,
 }
 
+/// Quantiles of a curve: close together where tails begin.
+const CURVE: [f64; 10] = [0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9999];
+
 impl Default for Latencies {
     fn default() -> Self {
         let bounds = Histogram::new_with_bounds(1, LATENCY_NS_MAX, DIGITS);
@@ -60,6 +63,15 @@ impl Latencies {
         self.0.is_empty()
     }
 
+    /// Quantiles and their latencies, µs, for a curve; empty without latencies. Quantiles of which
+    /// there is less than one latency are left out.
+    #[must_use]
+    pub fn curve_us(&self) -> Vec<(f64, f64)> {
+        let told = |quantile: &f64| (1.0 - quantile) * self.len() as f64 >= 1.0;
+        let us = |quantile| (quantile, self.0.value_at_quantile(quantile) as f64 / 1e3);
+        CURVE.into_iter().filter(told).map(us).collect()
+    }
+
     /// The quantiles; `None` without latencies.
     #[must_use]
     pub fn quantiles(&self) -> Option<LatencyUs> {
@@ -84,7 +96,11 @@ mod tests {
         assert!((told.p50 - 500.0).abs() < 2.0, "{told:?}");
         assert!((told.p99 - 990.0).abs() < 2.0, "{told:?}");
         assert!((told.p999 - 999.0).abs() < 2.0, "{told:?}");
+        let curve = low.curve_us();
+        assert_eq!(curve.last().map(|point| point.0), Some(0.999), "of 1000: {curve:?}");
+        assert!(curve.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1), "{curve:?}");
         low.clear();
+        assert!(low.curve_us().is_empty());
         assert_eq!(low.quantiles(), None);
     }
 

@@ -51,6 +51,9 @@ pub struct Outcome {
     pub ops_per_s: f64,
     /// Latencies of the operations, from the intended start.
     pub latency_us: Option<LatencyUs>,
+    /// The same as a curve: quantiles and µs.
+    #[serde(default)]
+    pub latency_curve_us: Vec<(f64, f64)>,
     /// Packets this end declared lost; `None` where the stack does not say.
     pub packets_lost: Option<u64>,
     /// The end that measured.
@@ -80,7 +83,7 @@ pub struct Counts {
 }
 
 /// A clock that runs: CPU times of both ends at its start.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Meter {
     start: Instant,
     client: CpuTime,
@@ -141,6 +144,7 @@ impl Meter {
             ops: counts.ops,
             ops_per_s: counts.ops as f64 / seconds,
             latency_us: counts.latencies.quantiles(),
+            latency_curve_us: counts.latencies.curve_us(),
             packets_lost: counts.packets_lost,
             client: used(None, self.client)?,
             server: self.server.map(|(pid, since)| used(Some(pid), since)).transpose()?,

@@ -87,7 +87,10 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
     let files = CertificateFiles::create()?;
     let (certificate, key) =
         (std::fs::read_to_string(files.certificate())?, std::fs::read_to_string(files.key())?);
-    let tls = tls::Server::builder()
+    let mut tls = tls::Server::builder();
+    // Its default has no post-quantum group; everybody agrees on the same key exchange here.
+    tls.config_mut().set_security_policy(&s2n_tls::security::DEFAULT_PQ).map_err(any)?;
+    let tls = tls
         .with_certificate(certificate.as_str(), key.as_str())
         .map_err(any)?
         .with_application_protocols([ALPN].iter())
@@ -102,7 +105,7 @@ async fn serve(args: Serve) -> anyhow::Result<()> {
         .start()
         .map_err(any)?;
     let settings = format!(
-        "UDP GSO and GRO, windows of {} MiB, MTU up to {}, Cubic, tokio with a thread a core; s2n-tls (client: rustls), AES-128-GCM",
+        "UDP GSO and GRO, windows of {} MiB, MTU up to {}, Cubic, tokio with a thread a core; s2n-tls (client: rustls), AES-128-GCM, X25519MLKEM768",
         WINDOW_BYTES >> 20,
         mtu(&args.common)
     );

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::Report;
 use super::goals::{Goal, Mark};
-use super::summary::Row;
+use super::summary::{Row, Spread};
 use super::table;
 use super::workload::Unit;
 
@@ -21,8 +21,8 @@ const COLOURS: [&str; 8] =
     ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933"];
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;\
     padding:0 1rem}table{border-collapse:collapse;width:100%;font-size:14px}td,th{border-bottom:\
-    1px solid #ccc;padding:.2rem .5rem;text-align:right}td:first-child,th:first-child{text-align:\
-    left}svg{max-width:100%;height:auto}text{font:13px system-ui,sans-serif}.stoq{font-weight:600}\
+    1px solid #ccc;padding:.2rem .5rem;text-align:right}td:first-child,th:first-child,td:last-child{text-align:\
+    left}td{white-space:nowrap}td:last-child,.goals td{white-space:normal}svg{max-width:100%;height:auto}text{font:13px system-ui,sans-serif}.stoq{font-weight:600}\
     .goals td{text-align:left;vertical-align:top}.reached{color:#006b4e}.missed{color:#b04a00;font-weight:\
     600}.not-measured{color:#666}";
 
@@ -117,40 +117,36 @@ fn section(out: &mut String, workload: &str, rows: &[&Row]) {
         Unit::OpsPerS => "Operations a second",
         Unit::BytesPerConnection => "Server's memory for each connection (less is better)",
     };
-    bars(out, what, rows, rates, |value| table::rate(unit, value));
+    bars(out, what, rows, rates, |row| row.rate, |value| table::rate(unit, value));
     if unit == Unit::GoodputBps {
         let what = "CPU seconds of both ends per GB (less is better)";
-        bars(out, what, rows, |row| row.cpu_s_per_gb, |value| format!("{value:.2}"));
+        bars(out, what, rows, |row| row.cpu_s_per_gb, |_| None, |value| format!("{value:.2}"));
     }
-    if rows.iter().any(|row| row.latency_us.is_some()) {
+    if rows.iter().any(|row| !points(row).is_empty()) {
         curves(out, rows);
     }
     out.push_str(
-        "<table><tr><th>stack</th><th>median</th><th>min</th><th>max</th><th>STOQ is</th>\
-         <th>CPU s/GB</th><th>p50 µs</th><th>p99 µs</th><th>p99.9 µs</th><th>runs</th><th></th></tr>\n",
+        "<table><tr><th>stack</th><th>median</th><th>min – max</th><th>STOQ is</th>\
+         <th>CPU s/GB</th><th>p50 / p99 / p99.9 µs</th><th>UDP payload</th><th>runs</th><th></th></tr>\n",
     );
     for row in rows {
         let cell = |value: Option<f64>, digits: usize| {
             value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
         };
-        let rate = |value: Option<f64>| {
-            value.map_or_else(|| "–".to_owned(), |value| table::rate(unit, value))
-        };
+        let dash = || "–".to_owned();
         add(
             out,
             format_args!(
                 "<tr class=\"{}\"><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>\
-                 <td>{}</td><td>{}</td><td>{}</td><td>{}{}</td><td>{}</td></tr>\n",
+                 <td>{}</td><td>{}{}</td><td>{}</td></tr>\n",
                 if row.is_stoq { "stoq" } else { "" },
                 escape(&row.stack),
-                rate(row.rate.map(|spread| spread.median)),
-                rate(row.rate.map(|spread| spread.min)),
-                rate(row.rate.map(|spread| spread.max)),
+                row.rate.map_or_else(dash, |spread| table::rate(unit, spread.median)),
+                row.rate.map_or_else(dash, |spread| table::extremes(unit, spread)),
                 cell(row.stoq_is, 2),
-                table::cpu(row).unwrap_or_else(|| "–".to_owned()),
-                cell(row.latency_us.map(|us| us.p50), 0),
-                cell(row.latency_us.map(|us| us.p99), 0),
-                cell(row.latency_us.map(|us| us.p999), 0),
+                table::cpu(row).unwrap_or_else(dash),
+                table::latency(row).unwrap_or_else(dash),
+                cell(row.udp_payload, 0),
                 row.runs,
                 table::kind(row),
                 escape(row.note.as_deref().unwrap_or_default()),
@@ -160,19 +156,20 @@ fn section(out: &mut String, workload: &str, rows: &[&Row]) {
     out.push_str("</table>\n");
 }
 
-/// A horizontal bar for each row that has a value; whiskers are left to the table.
+/// A horizontal bar for each row that has a value, and a line from its smallest to its largest run where
+/// `spread` tells them.
 fn bars(
     out: &mut String,
     what: &str,
     rows: &[&Row],
     value: impl Fn(&Row) -> Option<f64>,
+    spread: impl Fn(&Row) -> Option<Spread>,
     label: impl Fn(f64) -> String,
 ) {
     let values: Vec<(&Row, f64)> =
         rows.iter().filter_map(|row| Some((*row, value(row)?))).collect();
-    let Some(largest) = values.iter().map(|(_, value)| *value).max_by(f64::total_cmp) else {
-        return;
-    };
+    let ends = values.iter().map(|(row, value)| spread(row).map_or(*value, |spread| spread.max));
+    let Some(largest) = ends.max_by(f64::total_cmp) else { return };
     let height = BAR * values.len() as f64 + 8.0;
     add(
         out,
@@ -186,7 +183,10 @@ fn bars(
     let room = WIDTH - LABELS - 110.0;
     for (index, (row, value)) in values.iter().enumerate() {
         let y = BAR * index as f64 + 4.0;
-        let length = if largest > 0.0 { room * value / largest } else { 0.0 };
+        let x = |value: f64| if largest > 0.0 { room * value / largest } else { 0.0 };
+        let length = x(*value);
+        let whisker = spread(row).filter(|spread| spread.min < spread.max);
+        let end = whisker.map_or(length, |spread| x(spread.max));
         add(
             out,
             format_args!(
@@ -197,26 +197,53 @@ fn bars(
                 escape(&row.stack),
                 BAR - 8.0,
                 if row.is_stoq { COLOURS[0] } else { "#999" },
-                LABELS + length + 6.0,
+                LABELS + end + 6.0,
                 y + 14.0,
                 escape(&label(*value)),
             ),
         );
+        if let Some(spread) = whisker {
+            let (from, to, y) =
+                (LABELS + x(spread.min), LABELS + x(spread.max), y + (BAR - 8.0) / 2.0);
+            add(
+                out,
+                format_args!(
+                    "<path d=\"M{from:.1} {y}H{to:.1}M{from:.1} {0}v8M{to:.1} {0}v8\" stroke=\"#222\" \
+                     fill=\"none\"/>\n",
+                    y - 4.0
+                ),
+            );
+        }
     }
     out.push_str("</svg>\n");
 }
 
-/// Latency at the quantiles, on a logarithmic axis: a line for each row.
+/// What a latency curve is drawn through: its quantiles, or the three that everybody tells.
+fn points(row: &Row) -> Vec<(f64, f64)> {
+    if !row.latency_curve_us.is_empty() {
+        return row.latency_curve_us.clone();
+    }
+    let three = row.latency_us.map(|us| [(0.5, us.p50), (0.99, us.p99), (0.999, us.p999)]);
+    three.map_or_else(Vec::new, Vec::from)
+}
+
+/// Latency over quantiles, both axes logarithmic (quantiles by what is slower than they): a line for each
+/// row.
 fn curves(out: &mut String, rows: &[&Row]) {
-    let lines: Vec<(&Row, [f64; 3])> = rows
+    let lines: Vec<(&Row, Vec<(f64, f64)>)> = rows
         .iter()
-        .filter_map(|row| row.latency_us.map(|us| (*row, [us.p50, us.p99, us.p999])))
+        .map(|row| (*row, points(row)))
+        .filter(|(_, points)| !points.is_empty())
         .collect();
-    let all = || lines.iter().flat_map(|(_, points)| points.map(|us| us.max(0.1).log10()));
-    let low = all().fold(f64::INFINITY, f64::min).floor();
-    let high = all().fold(f64::NEG_INFINITY, f64::max).ceil().max(low + 1.0);
+    let tens = |quantile: f64| -(1.0 - quantile).log10();
+    let us = || lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.1.max(0.1)));
+    let low = us().fold(f64::INFINITY, f64::min).log10().floor();
+    let high = us().fold(f64::NEG_INFINITY, f64::max).log10().ceil().max(low + 1.0);
+    let quantiles = || lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.0));
+    let first = tens(quantiles().fold(1.0, f64::min));
+    let last = tens(quantiles().fold(0.0, f64::max)).max(first + 0.1);
     let (left, right, top, bottom) = (70.0, WIDTH - 150.0, 12.0, CURVE_HEIGHT - 30.0);
-    let x = |index: usize| left + (right - left) * index as f64 / 2.0;
+    let x = |quantile: f64| left + (right - left) * (tens(quantile) - first) / (last - first);
     let y = |us: f64| bottom - (bottom - top) * (us.max(0.1).log10() - low) / (high - low);
     add(
         out,
@@ -238,36 +265,40 @@ fn curves(out: &mut String, rows: &[&Row]) {
             ),
         );
     }
-    for (index, name) in ["p50", "p99", "p99.9"].into_iter().enumerate() {
-        let at = (x(index), CURVE_HEIGHT - 8.0);
+    for quantile in [0.5, 0.9, 0.99, 0.999, 0.9999] {
+        let at = x(quantile);
+        if at < left - 0.5 || at > right + 0.5 {
+            continue;
+        }
+        let name = format!("p{}", (quantile * 1e6).round() / 1e4);
         add(
             out,
             format_args!(
-                "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{name}</text>\n",
-                at.0, at.1
+                "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{bottom}\" stroke=\"#eee\"/>\
+                 <text x=\"{at:.1}\" y=\"{}\" text-anchor=\"middle\">{name}</text>\n",
+                CURVE_HEIGHT - 8.0
             ),
         );
     }
     for (index, (row, points)) in lines.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
-        let path: Vec<String> = points
-            .iter()
-            .enumerate()
-            .map(|(index, us)| format!("{:.1},{:.1}", x(index), y(*us)))
-            .collect();
+        // Colours come round again: the second time the line is dashed.
+        let dashes = if index < COLOURS.len() { "" } else { " stroke-dasharray=\"6 3\"" };
+        let width = if row.is_stoq { 3.5 } else { 1.5 };
+        let path: Vec<String> =
+            points.iter().map(|(at, us)| format!("{:.1},{:.1}", x(*at), y(*us))).collect();
         let key = top + 16.0 * index as f64 + 8.0;
         add(
             out,
             format_args!(
-                "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{}\"/>\
-                 <rect x=\"{}\" y=\"{}\" width=\"12\" height=\"4\" fill=\"{colour}\"/>\
-                 <text x=\"{}\" y=\"{}\">{}</text>\n",
+                "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\"{dashes}/>\
+                 <line x1=\"{}\" x2=\"{}\" y1=\"{3}\" y2=\"{3}\" stroke=\"{colour}\" \
+                 stroke-width=\"{width}\"{dashes}/><text x=\"{4}\" y=\"{key}\">{5}</text>\n",
                 path.join(" "),
-                if row.is_stoq { 3 } else { 1 },
                 right + 12.0,
-                key - 6.0,
-                right + 30.0,
-                key,
+                right + 28.0,
+                key - 4.0,
+                right + 34.0,
                 escape(&row.stack),
             ),
         );
@@ -299,12 +330,29 @@ mod tests {
     }
 
     #[test]
+    fn a_spread_is_a_line_across_its_bar() {
+        let one = rows(&[record("quinn", 1, 5e9, true)]);
+        let two = rows(&[record("quinn", 1, 4e9, true), record("quinn", 2, 8e9, true)]);
+        let draw = |rows: &[Row]| {
+            let mut out = String::new();
+            let rate = |row: &Row| row.rate.map(|rate| rate.median);
+            let rows: Vec<&Row> = rows.iter().collect();
+            bars(&mut out, "x", &rows, rate, |row| row.rate, |value| value.to_string());
+            out
+        };
+        assert!(!draw(&one).contains("<path"));
+        // 4 to 8 of a scale that ends at 8.
+        assert!(draw(&two).contains("M395.0 ") && draw(&two).contains("H650.0"), "{}", draw(&two));
+    }
+
+    #[test]
     fn longer_bars_are_larger_values() {
         let records = [record("stoq socket", 1, 10e9, true), record("quinn", 1, 5e9, true)];
         let rows = rows(&records);
         let mut out = String::new();
         let rate = |row: &Row| row.rate.map(|rate| rate.median);
-        bars(&mut out, "x", &rows.iter().collect::<Vec<_>>(), rate, |value| value.to_string());
+        let rows: Vec<&Row> = rows.iter().collect();
+        bars(&mut out, "x", &rows, rate, |row| row.rate, |value| value.to_string());
         assert!(out.contains("width=\"510.0\"") && out.contains("width=\"255.0\""), "{out}");
     }
 }

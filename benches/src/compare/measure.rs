@@ -257,6 +257,7 @@ fn together(a: Outcome, b: Outcome) -> Outcome {
         ops: a.ops + b.ops,
         ops_per_s: a.ops_per_s + b.ops_per_s,
         latency_us: None,
+        latency_curve_us: Vec::new(),
         packets_lost: a.packets_lost.zip(b.packets_lost).map(|(a, b)| a + b),
         client: end(a.client, b.client),
         server: a.server.zip(b.server).map(|(a, b)| end(a, b)),

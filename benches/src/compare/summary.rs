@@ -97,6 +97,8 @@ pub struct Row {
     pub server_cpu_share: Option<f64>,
     /// Medians of the latency quantiles, µs.
     pub latency_us: Option<LatencyUs>,
+    /// Medians of further quantiles: quantile and µs.
+    pub latency_curve_us: Vec<(f64, f64)>,
     /// Median of the largest UDP payload used.
     pub udp_payload: Option<f64>,
     /// How many times better the best STOQ row is than this one: above 1, STOQ is ahead.
@@ -196,12 +198,28 @@ fn row(records: &[&Record]) -> Row {
         cpu_s_per_gb: median(counted.iter().filter_map(|outcome| outcome.cpu_s_per_gb())),
         server_cpu_share: median(counted.iter().filter_map(server_share)),
         latency_us,
+        latency_curve_us: curve(&counted),
         udp_payload: median(
             counted.iter().filter_map(|outcome| outcome.udp_payload.map(|bytes| bytes as f64)),
         ),
         stoq_is: None,
         note: note(records),
     }
+}
+
+/// The medians, quantile by quantile, of those that every run tells.
+fn curve(outcomes: &[&Outcome]) -> Vec<(f64, f64)> {
+    let Some(first) = outcomes.first() else { return Vec::new() };
+    let point = |at: f64| {
+        let values = outcomes.iter().filter_map(|outcome| {
+            let found = outcome.latency_curve_us.iter().find(|(quantile, _)| *quantile == at);
+            found.map(|(_, us)| *us)
+        });
+        let values: Vec<f64> = values.collect();
+        let all = values.len() == outcomes.len();
+        spread(&values).filter(|_| all).map(|spread| (at, spread.median))
+    };
+    first.latency_curve_us.iter().filter_map(|(quantile, _)| point(*quantile)).collect()
 }
 
 fn note(records: &[&Record]) -> Option<String> {
@@ -249,6 +267,7 @@ pub mod tests {
             "event": "done", "workload": "download", "stack": "x", "link": "lo", "mtu": 65536,
             "udp_payload": 1452, "seconds": 1.0, "bytes": 4_000_000_000u64, "goodput_bps": bps,
             "ops": 0, "ops_per_s": 0.0, "latency_us": {"p50": 1.0, "p99": 2.0, "p999": 3.0},
+            "latency_curve_us": [[0.5, 1.0], [0.99, 2.0], [0.999, bps / 1e9]],
             "packets_lost": null, "client": end, "server": end,
         })
     }
@@ -284,6 +303,17 @@ pub mod tests {
         assert_eq!(spread(&[5.0]), Some(Spread { median: 5.0, min: 5.0, max: 5.0 }));
         let even = spread(&[4.0, 1.0, 3.0, 2.0]).expect("values");
         assert_eq!((even.median, even.min, even.max), (2.5, 1.0, 4.0));
+    }
+
+    #[test]
+    fn curves_are_medians_of_what_all_runs_tell() {
+        let mut short = record("quinn", 2, 7e9, true);
+        if let Ending::Done(outcome) = &mut short.ending {
+            outcome.latency_curve_us.truncate(2);
+            outcome.latency_curve_us[1].1 = 4.0;
+        }
+        let rows = rows(&[record("quinn", 1, 5e9, true), short]);
+        assert_eq!(rows[0].latency_curve_us, [(0.5, 1.0), (0.99, 3.0)]);
     }
 
     #[test]

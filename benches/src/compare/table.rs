@@ -17,7 +17,9 @@ pub fn rate(unit: Unit, value: f64) -> String {
     }
 }
 
-fn extremes(unit: Unit, spread: Spread) -> String {
+/// Smallest and largest, in the unit of [`rate`].
+#[must_use]
+pub fn extremes(unit: Unit, spread: Spread) -> String {
     let number = |value: f64| match unit {
         Unit::GoodputBps => format!("{:.2}", value / 1e9),
         Unit::OpsPerS if spread.median >= 1e6 => format!("{:.2}", value / 1e6),
@@ -59,6 +61,12 @@ pub fn cpu(row: &Row) -> Option<String> {
     }
 }
 
+/// The latency quantiles, µs.
+#[must_use]
+pub fn latency(row: &Row) -> Option<String> {
+    row.latency_us.map(|us| format!("{:.0} / {:.0} / {:.0}", us.p50, us.p99, us.p999))
+}
+
 /// What kind of runs a row counts, and how many it does not.
 #[must_use]
 pub fn kind(row: &Row) -> String {
@@ -85,8 +93,7 @@ fn line(row: &Row) -> String {
         row.rate.map_or_else(dash, |spread| extremes(row.unit, spread)),
         row.stoq_is.map_or_else(dash, |ratio| format!("{ratio:.2} ×")),
         cpu(row).unwrap_or_else(dash),
-        row.latency_us
-            .map_or_else(dash, |us| { format!("{:.0} / {:.0} / {:.0}", us.p50, us.p99, us.p999) }),
+        latency(row).unwrap_or_else(dash),
         row.udp_payload.map_or_else(dash, |bytes| format!("{bytes:.0}")),
         row.runs,
     )

@@ -1,10 +1,10 @@
 //! Requests: so many outstanding, each on a stream of its own.
 
-use std::collections::HashMap;
 use std::time::Instant;
 
 use bytes::Bytes;
 use clap::Args as ClapArgs;
+use rustc_hash::FxHashMap;
 use stoq::app::{ConnId, ReadOutcome, ShardCx, WriteOutcome};
 use stoq::{Dir, StreamId};
 use stoq_measure::{pace::Pace, wire};
@@ -52,8 +52,8 @@ struct Requests {
     request: Bytes,
     outstanding: usize,
     rate: f64,
-    clients: HashMap<ConnId, Client>,
-    waiting: HashMap<(ConnId, StreamId), Waiting>,
+    clients: FxHashMap<ConnId, Client>,
+    waiting: FxHashMap<(ConnId, StreamId), Waiting>,
 }
 
 impl Requests {
@@ -177,8 +177,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         request: request.clone(),
         outstanding,
         rate,
-        clients: HashMap::new(),
-        waiting: HashMap::new(),
+        clients: FxHashMap::default(),
+        waiting: FxHashMap::default(),
     };
     run::run(&args.run, plan, make, |_counts| {})
 }

@@ -262,7 +262,7 @@ pub enum DatapathEvent {
     Failed(String),
 }
 
-/// Counters that every datapath keeps; monotonic, in the units of their names.
+/// Counters that every datapath keeps; monotonic but for the frames, in the units of their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct DatapathCounters {
@@ -304,6 +304,12 @@ pub struct DatapathCounters {
     pub system_calls: u64,
     /// Bytes copied in userspace between packet memory and the engine's buffers.
     pub copied_bytes: u64,
+    /// AF_XDP: frames of packet memory that are free now. The three kinds add up to all frames.
+    pub frames_free: u64,
+    /// AF_XDP: frames that are with the kernel for receiving now.
+    pub frames_fill: u64,
+    /// AF_XDP: frames that are with the kernel for sending now.
+    pub frames_tx: u64,
 }
 
 /// Datagrams built at once for a datapath that copies each into a frame: few enough to stay in

@@ -148,6 +148,16 @@ impl Incoming {
     }
 }
 
+/// Awaited, it is accepted.
+impl IntoFuture for Incoming {
+    type Output = Result<Connection, ConnectionError>;
+    type IntoFuture = Connecting;
+
+    fn into_future(self) -> Connecting {
+        self.accept()
+    }
+}
+
 impl Drop for Incoming {
     fn drop(&mut self) {
         self.decide(Decision::Refuse);

@@ -40,7 +40,8 @@ const LATENCY_BOUNDS_NS: [u64; 22] = [
 /// Upper bounds of the exported batch buckets, packets.
 const BATCH_BOUNDS: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 /// What is a present number, and not a total.
-const SHARD_GAUGES: [&str; 2] = ["connections", "tx_queue_connections"];
+const SHARD_GAUGES: [&str; 3] = ["connections", "streams", "tx_queue_connections"];
+const DATAPATH_GAUGES: [&str; 3] = ["frames_free", "frames_fill", "frames_tx"];
 const POOL_GAUGES: [&str; 6] = ["peers", "connections", "idle", "leases", "connecting", "waiters"];
 
 /// What an engine shows of certificates.
@@ -125,7 +126,8 @@ pub(crate) fn render<'a>(
             counter(&mut out, "shard", name, help, value, &shard, is_gauge);
         }
         for (name, help, value) in metrics.datapath().described() {
-            counter(&mut out, "datapath", name, help, value, &shard, false);
+            let is_gauge = DATAPATH_GAUGES.contains(&name);
+            counter(&mut out, "datapath", name, help, value, &shard, is_gauge);
         }
         for (name, help, value) in metrics.pool().described() {
             let is_gauge = POOL_GAUGES.contains(&name);

@@ -67,9 +67,10 @@ pub struct ConnectionStats {
     pub udp_tx_bytes: u64,
     /// UDP datagrams sent.
     pub udp_tx_datagrams: u64,
-    /// UDP payload bytes received.
+    /// UDP payload bytes received; at a server without the client's first datagram, which came before
+    /// there was a connection.
     pub udp_rx_bytes: u64,
-    /// UDP datagrams received.
+    /// UDP datagrams received, likewise.
     pub udp_rx_datagrams: u64,
     /// ACK frames sent.
     pub acks_sent: u64,

@@ -31,7 +31,8 @@ use quinn_proto::{
 
 use crate::app::{ConnId, Incoming};
 use crate::config::{
-    HANDSHAKE_STEPS_MAX, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX, TransportConfig,
+    CONNECTIONS_PER_SHARE_MAX, HANDSHAKE_STEPS_MAX, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX,
+    TransportConfig,
 };
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
@@ -90,8 +91,10 @@ pub(crate) struct Protocol {
     closing: usize,
     /// Handshake steps that may still be taken now.
     handshake_steps_left: usize,
-    /// Something waits for the next turn's steps.
-    handshakes_held_back: bool,
+    /// Connections that may be touched in this part of the turn.
+    touched_max: usize,
+    /// Something waits for the next turn's shares.
+    held_back: bool,
     touched: Vec<u32>,
     tx_queue: VecDeque<u32>,
     pub(crate) responses: VecDeque<Response>,
@@ -206,7 +209,8 @@ impl Protocol {
             handshaking: 0,
             closing: 0,
             handshake_steps_left: HANDSHAKE_STEPS_MAX,
-            handshakes_held_back: false,
+            held_back: false,
+            touched_max: CONNECTIONS_PER_SHARE_MAX,
             touched: Vec::new(),
             tx_queue: VecDeque::new(),
             responses: VecDeque::with_capacity(TX_RESPONSES_QUEUED_MAX),
@@ -247,26 +251,29 @@ impl Protocol {
     }
 
     /// A turn begins: nothing is held back yet.
-    pub(crate) fn begin_handshake_steps(&mut self) {
-        self.handshakes_held_back = false;
-        self.allow_handshake_steps();
+    pub(crate) fn begin_turn(&mut self) {
+        self.held_back = false;
+        self.begin_share();
     }
 
-    /// A part of the turn begins that may take [`HANDSHAKE_STEPS_MAX`] steps of handshakes.
-    pub(crate) fn allow_handshake_steps(&mut self) {
+    /// A part of the turn begins that may take [`HANDSHAKE_STEPS_MAX`] steps of handshakes and wake
+    /// up [`CONNECTIONS_PER_SHARE_MAX`] connections.
+    pub(crate) fn begin_share(&mut self) {
         self.handshake_steps_left = HANDSHAKE_STEPS_MAX;
+        self.touched_max = self.touched.len() + CONNECTIONS_PER_SHARE_MAX;
     }
 
-    /// Whether this part of the turn may take on what can be a step of a handshake; where it
-    /// may not, more is left for the next turn.
-    pub(crate) fn handshakes_may_go_on(&mut self) -> bool {
-        self.handshakes_held_back |= self.handshake_steps_left == 0;
-        self.handshake_steps_left > 0
+    /// Whether this part of the turn may take on what can be a step of a handshake or wake up
+    /// another connection; where it may not, more is left for the next turn.
+    pub(crate) fn may_go_on(&mut self) -> bool {
+        let may = self.handshake_steps_left > 0 && self.touched.len() < self.touched_max;
+        self.held_back |= !may;
+        may
     }
 
-    /// Whether something waits for the next turn's steps.
-    pub(crate) fn handshakes_held_back(&self) -> bool {
-        self.handshakes_held_back
+    /// Whether something waits for the next turn's shares.
+    pub(crate) fn is_held_back(&self) -> bool {
+        self.held_back
     }
 
     /// Stops accepting clients.

@@ -36,8 +36,9 @@ use quinn_proto::{Event, StreamEvent, VarInt};
 use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
-    CLOSES_PER_TURN_MAX, MAILBOX_COMMANDS_PER_TURN_MAX, POOL_CONNECTS_PER_TURN_MAX,
-    RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    APP_TIMERS_PER_TURN_MAX, CLOSES_PER_TURN_MAX, MAILBOX_COMMANDS_PER_TURN_MAX,
+    POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
+    TX_VISITS_PER_TURN_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -92,7 +93,7 @@ pub struct Shard<D: Datapath, C: Clock> {
     siblings: Siblings,
     woken: Vec<usize>,
     rx: RxBatch,
-    /// The rest of a batch whose handshakes took their share of the turn; at most one batch.
+    /// The rest of a batch that took its share of the turn; at most one batch.
     unhandled: VecDeque<RxDatagram>,
     /// What `poll_transmit` builds; datapaths that can, send from it.
     batch: Vec<u8>,
@@ -171,12 +172,12 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     // --- in ---------------------------------------------------------------------------
 
     /// RX ring → slab → the owner's connection. The batch is handled whole before anything is sent.
-    /// What handshakes left of the last batch comes before a new one: packets keep their order.
+    /// What a turn's share left of the last batch comes before a new one: packets keep their order.
     fn receive(&mut self, now: Instant) -> bool {
-        self.proto.begin_handshake_steps();
+        self.proto.begin_turn();
         let mut worked = !self.unhandled.is_empty();
         let cids = self.siblings.cids.table();
-        while self.proto.handshakes_may_go_on() {
+        while self.proto.may_go_on() {
             let Some(datagram) = self.unhandled.pop_front() else { break };
             self.route(now, &cids, datagram);
         }
@@ -189,7 +190,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         }
         let mut batch = std::mem::replace(&mut self.rx, RxBatch::new(0, 0));
         for datagram in batch.drain() {
-            if self.proto.handshakes_may_go_on() {
+            if self.proto.may_go_on() {
                 self.route(now, &cids, datagram);
             } else {
                 self.unhandled.push_back(datagram);
@@ -243,9 +244,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
     fn drain_mailbox(&mut self, now: Instant) -> bool {
         let mut worked = false;
         // A share of its own, too: handshakes of this shard's queue cannot hold back the others'.
-        self.proto.allow_handshake_steps();
+        self.proto.begin_share();
         for _ in 0..RX_BATCH_DATAGRAMS_MAX {
-            if !self.proto.handshakes_may_go_on() {
+            if !self.proto.may_go_on() {
                 break;
             }
             let Some(datagram) = self.mailbox.pop_datagram() else { break };
@@ -257,9 +258,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.metrics.mailbox_wait_ns.record_duration(wait);
         }
         // Each kind has its share of the turn: busy handles cannot hold back a connect or a shutdown.
-        self.proto.allow_handshake_steps();
+        self.proto.begin_share();
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
-            if !self.proto.handshakes_may_go_on() {
+            if !self.proto.may_go_on() {
                 break;
             }
             let Some(notice) = self.mailbox.pop_notice() else { break };
@@ -268,9 +269,9 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.handles
                 .handle_command(&mut handle_cx(&mut self.proto, &self.datapath, now), notice);
         }
-        self.proto.allow_handshake_steps();
+        self.proto.begin_share();
         for _ in 0..MAILBOX_COMMANDS_PER_TURN_MAX {
-            if !self.proto.handshakes_may_go_on() {
+            if !self.proto.may_go_on() {
                 break;
             }
             let Some(command) = self.mailbox.pop() else { break };
@@ -290,7 +291,8 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             self.end_overdue(now, conn);
         }
         self.overdue = overdue;
-        while let Some((owner, token)) = self.proto.pop_app_timer(now) {
+        for _ in 0..APP_TIMERS_PER_TURN_MAX {
+            let Some((owner, token)) = self.proto.pop_app_timer(now) else { break };
             worked = true;
             self.call(now, owner, None, |app, cx| app.handle_timer(cx, token));
         }
@@ -431,7 +433,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         let mut worked = self.transmit_responses();
         worked |= self.transmit_sealed(now);
         let before = self.tx_packets;
-        for _ in 0..self.proto.tx_queue_len() {
+        for _ in 0..self.proto.tx_queue_len().min(TX_VISITS_PER_TURN_MAX) {
             if !self.can_seal() {
                 break;
             }
@@ -564,7 +566,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 && self.datapath.transmit_capacity() > 0
                 && self.can_seal())
                 || self.proto.pools_have_connects()
-                || self.proto.handshakes_held_back()
+                || self.proto.is_held_back()
                 || (!worked && self.handles.has_unpublished())
                 || self.ending.as_ref().is_some_and(|ending| !ending.to_close.is_empty()),
             deadline,

@@ -24,6 +24,8 @@ struct Shared {
     initials: Mutex<Vec<Vec<u8>>>,
     replay: AtomicU64,
     replayed: AtomicU64,
+    /// Another server, from the next datagram on.
+    retarget: Mutex<Option<SocketAddrV6>>,
     /// Those that the server sent.
     from_server: Mutex<BTreeSet<Vec<u8>>>,
 }
@@ -81,6 +83,20 @@ impl Relay {
         self.shared.initials.lock().expect("not poisoned").len()
     }
 
+    /// The client's Initial packets so far.
+    pub fn initials(&self) -> Vec<Vec<u8>> {
+        self.shared.initials.lock().expect("not poisoned").clone()
+    }
+
+    /// From the next datagram on the client's packets go to `server`, and nothing of the one before
+    /// reaches it any more.
+    pub fn retarget(&self, server: SocketAddrV6) {
+        *self.shared.retarget.lock().expect("not poisoned") = Some(server);
+        while self.shared.retarget.lock().expect("not poisoned").is_some() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Destination connection IDs of the client's 1-RTT packets so far.
     pub fn cids(&self) -> BTreeSet<Vec<u8>> {
         self.shared.from_client.lock().expect("not poisoned").clone()
@@ -119,6 +135,10 @@ impl Worker {
     fn run(&mut self) {
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
         while !self.shared.stop.load(Ordering::Relaxed) {
+            if let Some(server) = self.shared.retarget.lock().expect("not poisoned").take() {
+                self.server = server;
+                self.bindings = vec![bind(self.sources[0])];
+            }
             let mut worked = self.forward(&mut buffer);
             worked |= self.back(&mut buffer);
             self.replay_if_told();

@@ -20,6 +20,7 @@ fn row(workload: &str, stack: &str, median: f64) -> Row {
         cpu_s_per_gb: None,
         server_cpu_share: None,
         latency_us: None,
+        latency_curve_us: Vec::new(),
         udp_payload: None,
         stoq_is: None,
         note: None,
@@ -57,7 +58,7 @@ fn nothing_measured_is_nothing_judged_and_every_goal_names_its_command() {
         assert!(marks.into_iter().all(|mark| mark.verdict == NotMeasured), "{goal:?}");
         let command = goal.command.expect("what is not measured names its command");
         // Each command is one that this program takes.
-        let words = command.split(';').next().expect("one").split_whitespace();
+        let words = command.split('`').next().expect("one").split_whitespace();
         let workloads = words.clone().skip_while(|word| *word != "--workloads").nth(1);
         for name in workloads.expect("it names workloads").split(',') {
             Task::named(name, 1.0, 0.1).expect("a workload that there is");
@@ -80,7 +81,8 @@ fn bulk_is_judged_by_the_best_datapath() {
     assert_eq!(verdicts(&goal.must), [Reached, Reached, NotMeasured]);
     assert_eq!(verdicts(&goal.aim), [Missed, Missed]);
     assert_eq!(goal.must[0].found, "2.00 × quinn");
-    assert!(goal.command.is_some(), "msquic was not measured");
+    assert_eq!(goal.command, None, "no command measures msquic");
+    assert_eq!(goal.must[2].found, "no such row here");
     let goal = judged(9.5e9);
     assert_eq!(verdicts(&goal.must), [Missed, Missed, NotMeasured]);
     assert_eq!(verdicts(&judged(14e9).aim), [Reached, Reached]);
@@ -101,7 +103,8 @@ fn the_cpu_time_is_that_of_the_datapath_that_is_fastest() {
         (vec![Reached, NotMeasured], vec![Missed])
     );
     let rows = [with_cpu(row("download", "stoq io_uring", 10e9), 1.21), rows[2].clone()];
-    assert_eq!(find(&Run { rows: &rows, ..VETH }, "the same, CPU").must[0].verdict, Missed);
+    let goal = find(&Run { rows: &rows, ..VETH }, "the same, CPU");
+    assert!(goal.must[0].verdict == Missed && goal.command.is_some(), "tls was not measured");
 }
 
 #[test]
@@ -230,6 +233,9 @@ fn far_runs_are_told_and_text_and_json_say_the_same() {
     let text = markdown(std::slice::from_ref(&goal));
     assert!(text.contains("| 3.00 M/s; from far or stolen runs |"), "{text}");
     assert!(text.contains("≥ 1.5 × quiche: reached (3.00 × quiche)"), "{text}");
+    let elsewhere = markdown(&[find(&VETH, "datagrams")]);
+    assert!(elsewhere.contains("| ≥ 1.5 × quiche: not measured | ≥ 2 × quiche: not measured |"));
+    assert!(elsewhere.contains("–; measured by: `cargo xtask compare"), "{elsewhere}");
     let json = serde_json::to_value(&goal).expect("JSON");
     assert_eq!(json["must"][0]["verdict"], "reached");
     assert_eq!(json["measured"], "3.00 M/s");

@@ -282,9 +282,9 @@ impl Report {
                     "handshakes_s": self.handshakes_s, "handshakes_per_s": handshakes_per_s,
                     "keep_alive_ms": args.keep_alive_ms, "seed": args.seed,
                     "requests": self.requests, "answers": shared.answers.load(Relaxed),
-                    "latency_us": {
+                    "latency_us": (!latency.is_empty()).then(|| json!({
                         "p50": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999),
-                    },
+                    })),
                     "cpu_user_s": self.cpu.user_s, "cpu_sys_s": self.cpu.sys_s,
                     "rss_bytes": self.ours.held, "datapath": datapath, "mode": mode,
                 }),

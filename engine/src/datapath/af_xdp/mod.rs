@@ -499,7 +499,11 @@ impl Datapath for AfXdp {
     }
 
     fn counters(&self) -> DatapathCounters {
+        let census = self.socket.umem.census();
         let mut counters = DatapathCounters {
+            frames_free: census.free.into(),
+            frames_fill: census.fill.into(),
+            frames_tx: census.tx.into(),
             rx_drop_overrun: self.statistics.rx_dropped + self.statistics.rx_ring_full,
             ..self.counters
         };

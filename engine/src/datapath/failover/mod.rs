@@ -99,7 +99,14 @@ impl<P: Primary> Failover<P> {
             return DatapathEvent::Failed(reason);
         };
         let Some(standby) = primary.take_standby() else { return DatapathEvent::Failed(reason) };
-        self.retired.add(&primary.counters());
+        // Its frames go with it.
+        let last = primary.counters();
+        self.retired.add(&DatapathCounters {
+            frames_free: 0,
+            frames_fill: 0,
+            frames_tx: 0,
+            ..last
+        });
         self.retired.failovers += 1;
         self.capabilities =
             Capabilities { standby_reason: Some(reason.clone()), ..standby.capabilities().clone() };
