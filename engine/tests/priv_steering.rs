@@ -96,10 +96,20 @@ async fn connect(client: &Engine, server: &Engine, relay: &Relay) -> (Connection
 
 /// One stream from the client to the server that lasts through all rebindings.
 async fn transfer_through_rebindings(client: &Connection, server: &Connection, relay: &Relay) {
+    transfer_through(client, server, REBINDINGS, || relay.rebind()).await;
+}
+
+/// One stream from the client to the server; `disturb` comes after each of its parts.
+async fn transfer_through(
+    client: &Connection,
+    server: &Connection,
+    rounds: u64,
+    mut disturb: impl FnMut(),
+) {
     const CHUNK_BYTES: usize = 30_000;
     let mut send = client.open_uni().await.expect("a stream");
     let mut recv = None;
-    for round in 0..=REBINDINGS {
+    for round in 0..=rounds {
         send.write_all(&[round as u8; CHUNK_BYTES]).await.expect("written");
         if recv.is_none() {
             recv = Some(server.accept_uni().await.expect("a stream"));
@@ -112,7 +122,7 @@ async fn transfer_through_rebindings(client: &Connection, server: &Connection, r
             left -= chunk.len();
         }
         // The next packet of the client comes from elsewhere.
-        relay.rebind();
+        disturb();
     }
     send.finish().expect("finished");
     let rest = recv.expect("opened").read_to_end(1).await.expect("the end");
@@ -355,6 +365,62 @@ fn af_xdp_queues_hand_over() {
     let counters = counters(&server);
     assert!(counters.rx_handed_over > 0, "two queues, but nothing went astray: {counters:?}");
     assert_eq!(counters.rx_handed_over, counters.rx_taken_over + counters.rx_drop_handoff_full);
+}
+
+/// Clients over AF_XDP whose own address changes again and again, with connections on every shard: they
+/// move (RFC 9000 §9), and the transfers go on.
+#[test]
+fn clients_move_to_other_addresses_in_mid_transfer() {
+    const MOVES: u64 = 6;
+    let stage = Stage::new("clients_move_to_other_addresses_in_mid_transfer", 2);
+    for address in &SOURCES[1..] {
+        stage.left.ip(&format!("addr del {address}/64 dev {DEVICE}"));
+    }
+    let (server_tls, client_tls) = identity();
+    let config = |address| TransportConfig {
+        bind: SocketAddrV6::new(address, 0, 0, 0),
+        datapath: DatapathChoice::AfXdp,
+        interface: Some(DEVICE.to_owned()),
+        shards: 2,
+        spin_us: 0,
+        ..TransportConfig::default()
+    };
+    let server = Engine::builder().config(config(SERVER)).server(server_tls);
+    let client = Engine::builder().config(config(Ipv6Addr::UNSPECIFIED)).client(client_tls);
+    let server = stage.right.run(|| server.start()).expect("the server starts");
+    let client = stage.left.run(|| client.start()).expect("the client starts");
+    let mut own = SOURCES[0];
+    block_on(async {
+        let mut pairs = Vec::new();
+        for _ in 0..CLIENTS {
+            let connecting = client.connect(server.local_addr(), NAME);
+            let incoming = server.accept().await.expect("a client knocks");
+            let (near, far) = futures_util::future::join(connecting, incoming.accept()).await;
+            pairs.push((near.expect("connected"), far.expect("accepted")));
+        }
+        for (near, far) in &pairs {
+            let relocate = || {
+                let new = Ipv6Addr::from_bits(own.to_bits() + 1);
+                stage.left.add_address(DEVICE, &format!("{new}/64"));
+                stage.left.ip(&format!("addr del {own}/64 dev {DEVICE}"));
+                own = new;
+            };
+            transfer_through(near, far, MOVES, relocate).await;
+        }
+        // Those that said nothing meanwhile have moved, too: the server reaches them where they are.
+        for (near, far) in &pairs {
+            let mut send = far.open_uni().await.expect("a stream");
+            send.write_all(b"there you are").await.expect("written");
+            send.finish().expect("finished");
+            let mut recv = near.accept_uni().await.expect("a stream");
+            assert_eq!(recv.read_to_end(100).await.expect("received"), b"there you are");
+        }
+    });
+    let shards = server.stats().iter().filter(|stats| stats.shard.accepted > 0).count();
+    let counters = counters(&server);
+    assert!(shards == 1 || counters.rx_handed_over > 0, "nothing went astray: {counters:?}");
+    assert_eq!(counters.rx_handed_over, counters.rx_taken_over + counters.rx_drop_handoff_full);
+    assert_eq!((counters.rx_drop_no_owner, counters.rx_drop_unknown_connection), (0, 0));
 }
 
 /// Accept balance is the shards' own: it holds where packets come by queues as where the kernel steers.
