@@ -22,7 +22,7 @@ use pair::{NAME, PATIENCE, Watchdog, counters, identity};
 use pollster::block_on;
 use relay::Relay;
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
-use stoq::config::TransportConfig;
+use stoq::config::{MIGRATIONS_PER_TURN_MAX, TransportConfig};
 use stoq::connection::Connection;
 use stoq::datapath::choice::DatapathChoice;
 use stoq::datapath::socket::SocketDatapath;
@@ -372,6 +372,8 @@ fn af_xdp_queues_hand_over() {
 #[test]
 fn clients_move_to_other_addresses_in_mid_transfer() {
     const MOVES: u64 = 6;
+    // More for each of the client's shards than move in one turn.
+    const CONNECTIONS: usize = 3 * MIGRATIONS_PER_TURN_MAX;
     let stage = Stage::new("clients_move_to_other_addresses_in_mid_transfer", 2);
     for address in &SOURCES[1..] {
         stage.left.ip(&format!("addr del {address}/64 dev {DEVICE}"));
@@ -392,13 +394,13 @@ fn clients_move_to_other_addresses_in_mid_transfer() {
     let mut own = SOURCES[0];
     block_on(async {
         let mut pairs = Vec::new();
-        for _ in 0..CLIENTS {
+        for _ in 0..CONNECTIONS {
             let connecting = client.connect(server.local_addr(), NAME);
             let incoming = server.accept().await.expect("a client knocks");
             let (near, far) = futures_util::future::join(connecting, incoming.accept()).await;
             pairs.push((near.expect("connected"), far.expect("accepted")));
         }
-        for (near, far) in &pairs {
+        for (near, far) in &pairs[..CLIENTS] {
             let relocate = || {
                 let new = Ipv6Addr::from_bits(own.to_bits() + 1);
                 stage.left.add_address(DEVICE, &format!("{new}/64"));
@@ -416,9 +418,8 @@ fn clients_move_to_other_addresses_in_mid_transfer() {
             assert_eq!(recv.read_to_end(100).await.expect("received"), b"there you are");
         }
     });
-    let shards = server.stats().iter().filter(|stats| stats.shard.accepted > 0).count();
     let counters = counters(&server);
-    assert!(shards == 1 || counters.rx_handed_over > 0, "nothing went astray: {counters:?}");
+    assert!(counters.rx_handed_over > 0, "nothing went astray: {counters:?}");
     assert_eq!(counters.rx_handed_over, counters.rx_taken_over + counters.rx_drop_handoff_full);
     assert_eq!((counters.rx_drop_no_owner, counters.rx_drop_unknown_connection), (0, 0));
 }
