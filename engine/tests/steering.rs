@@ -79,7 +79,10 @@ fn a_connection_survives_many_rebindings() {
         let counters = counters(&pair.server);
         assert_eq!(counters.rx_drop_no_owner, 0);
         assert_eq!(counters.rx_drop_unknown_connection, 0);
-        assert_eq!(counters.rx_handed_over, counters.rx_taken_over);
+        wait_for("every hand-over has ended", || {
+            let now = pair::counters(&pair.server);
+            now.rx_handed_over == now.rx_taken_over
+        });
     });
 }
 
@@ -184,6 +187,14 @@ async fn retries_of_a_connection(pair: &Pair) -> u64 {
     counters(&pair.server).retries - before
 }
 
+/// A connection whose client is sent back for a token; the counter may come behind the packet.
+async fn connect_with_a_retry(pair: &Pair) {
+    let before = counters(&pair.server).retries;
+    let (client, server) = pair.connect().await;
+    exchange(&client, &server, 1000).await;
+    wait_for("a Retry: no token was believed", || counters(&pair.server).retries > before);
+}
+
 fn shards_that_accepted(server: &Engine) -> usize {
     server.stats().iter().filter(|stats| stats.shard.accepted > 0).count()
 }
@@ -198,12 +209,12 @@ fn an_address_token_is_good_once_whichever_shard_sees_it() {
         Engine::builder().config(config()).token_store(store.clone()),
     );
     block_on(async {
-        assert!(retries_of_a_connection(&pair).await > 0, "no token yet");
+        connect_with_a_retry(&pair).await;
         let came = || store.0.lock().expect("not poisoned").is_some();
         wait_for("the server's token", came);
         assert_eq!(retries_of_a_connection(&pair).await, 0, "the token proves the address");
-        for replay in 0..12 {
-            assert!(retries_of_a_connection(&pair).await > 0, "replay {replay} was believed");
+        for _replay in 0..12 {
+            connect_with_a_retry(&pair).await;
         }
     });
     assert!(shards_that_accepted(&pair.server) > 1, "one shard saw every replay");
@@ -215,7 +226,7 @@ fn each_connection_brings_tokens_for_the_next_on_any_shard() {
     let server = TransportConfig { retry: RetryPolicy::Always, ..sharded() };
     let pair = Pair::with(server, TransportConfig { shards: 2, ..config() });
     block_on(async {
-        assert!(retries_of_a_connection(&pair).await > 0);
+        connect_with_a_retry(&pair).await;
         for _ in 0..12 {
             // Tokens come with the first data after the handshake.
             std::thread::sleep(Duration::from_millis(20));
@@ -279,13 +290,14 @@ fn a_retry_token_is_good_once_at_whichever_shard_it_is_presented() {
         let token = tokens.iter().map(|initial| token_of(initial)).find(|token| !token.is_empty());
         let token = Bytes::copy_from_slice(token.expect("a Retry was demanded"));
         *store.0.lock().expect("not poisoned") = Some(token);
-        for replay in 0..16 {
+        for _replay in 0..16 {
             let before = counters(&pair.server).retries;
             let connecting = pair.client.connect(relay.addr, NAME);
             let incoming = pair.server.accept().await.expect("the thief knocks");
             let (near, far) = futures_util::future::join(connecting, incoming.accept()).await;
             let (near, far) = (near.expect("connected"), far.expect("accepted"));
-            assert!(counters(&pair.server).retries > before, "replay {replay} was believed");
+            // The counter may come behind the packet; a replay that is believed never counts.
+            wait_for("no replay is believed", || counters(&pair.server).retries > before);
             exchange(&near, &far, 1000).await;
         }
     });
@@ -327,7 +339,8 @@ fn a_server_without_memory_resets_the_connections_of_every_shard() {
         for (client, _, relay) in &links {
             assert_eq!(client.close_reason(), None, "a stranger ended a connection");
             relay.retarget(heir.local_addr());
-            client.send_datagram(Bytes::from_static(b"are you there?")).expect("sent");
+            // A packet sent before again may have met the heir already: the reason is looked at below.
+            let _over_already = client.send_datagram(Bytes::from_static(b"are you there?"));
         }
         for (client, _, _) in &links {
             assert_eq!(client.closed().await, ConnectionError::Reset);
