@@ -175,5 +175,10 @@ fn raw_datagrams() {
     let received: Value = serde_json::from_str(&line).expect("JSON");
     assert!(received["packets"].as_u64() <= done["packets"].as_u64(), "{received}");
     assert!(received["goodput_bps"].as_f64() > Some(0.0), "{received}");
+    assert_eq!((&received["ops"], &done["ops"]), (&received["packets"], &done["packets"]));
+    // Half a second of silence follows, which is no part of it, whatever it costs.
+    let cpu = |key: &str| received["client"][key].as_f64().expect("a number");
+    let seconds = received["seconds"].as_f64().expect("a number");
+    assert!(cpu("cpu_user_s") + cpu("cpu_sys_s") < seconds + 0.2, "{received}");
     assert!(server.child.wait().expect("ends by itself").success());
 }

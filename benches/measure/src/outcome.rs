@@ -83,7 +83,7 @@ pub struct Counts {
 }
 
 /// A clock that runs: CPU times of both ends at its start.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Meter {
     start: Instant,
     client: CpuTime,

@@ -20,6 +20,8 @@ const BATCH: usize = 64;
 const FIRST_DATAGRAM_TIMEOUT: Duration = Duration::from_secs(10);
 /// Silence that ends a receiver's measurement.
 const SILENCE: Duration = Duration::from_millis(500);
+/// Silence after which its CPU time is read, so that the wait for the end costs nothing.
+const LULL: Duration = Duration::from_millis(20);
 
 /// Flags of the raw workload.
 #[derive(ClapArgs)]
@@ -153,18 +155,20 @@ fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, Outcome)> 
         rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).context("eventfd")?;
     let mut batch = RxBatch::new(256, 120 * 1024);
     let opened = Instant::now();
-    let (mut meter, mut last) = (None, opened);
+    let (mut meter, mut first, mut last) = (None, opened, opened);
     let (mut packets, mut bytes) = (0u64, 0u64);
+    // What was measured until the last datagram; taken once in each lull.
+    let mut told = None;
     loop {
         let now = Instant::now();
         datapath.receive(now, &mut batch);
         for datagram in batch.drain() {
             packets += 1;
             bytes += datagram.data.len() as u64;
-            last = now;
+            (last, told) = (now, None);
         }
         if packets > 0 && meter.is_none() {
-            meter = Some(Meter::start(None)?);
+            (meter, first) = (Some(Meter::start(None)?), now);
         }
         datapath.flush(now);
         check(datapath)?;
@@ -174,13 +178,15 @@ fn receive(datapath: &mut impl Datapath) -> anyhow::Result<(u64, u64, Outcome)> 
             }
             None => datapath.wait(wake.as_fd(), Some(Duration::from_millis(100)))?,
             Some(_) if now - last > SILENCE => break,
+            Some(meter) if now - last > LULL && told.is_none() => {
+                told = Some(outcome(datapath, meter.clone(), None, packets, bytes)?);
+            }
             Some(_) => {}
         }
     }
-    let meter = meter.expect("the loop ends only after a first datagram");
-    let (packets, bytes, mut outcome) = outcome(datapath, meter, None, packets, bytes)?;
+    let (packets, bytes, mut outcome) = told.expect("a lull comes before the silence that ends it");
     // The silence that ends the measurement is not part of it.
-    outcome.seconds -= SILENCE.as_secs_f64();
+    outcome.seconds = (last - first).as_secs_f64();
     let seconds = outcome.seconds.max(1e-9);
     outcome.goodput_bps = bytes as f64 * 8.0 / seconds;
     outcome.ops_per_s = packets as f64 / seconds;

@@ -381,8 +381,14 @@ impl Protocol {
         match accepted {
             Ok((handle, mut connection)) => {
                 if connection.is_closed() {
-                    // The client gave up before its first packet left, which says only that. Such a
+                    // Closed by a packet that waited behind the first: the client gave up, or the
+                    // second half of its ClientHello brought the refusal, which it is told here. Such a
                     // connection has no closing timer, and would stay until it idles out.
+                    congestion::Gated::state_of(&connection).set_gate(true);
+                    let close = connection.poll_transmit(now, 1, &mut self.response_buffer);
+                    if let Some(close) = close {
+                        self.push_response(&close);
+                    }
                     self.endpoint.handle_event(handle, EndpointEvent::drained());
                     self.counters.incoming_failed += 1;
                     return Err(match connection.poll() {
