@@ -5,6 +5,8 @@ use std::net::SocketAddrV6;
 use bytes::Bytes;
 use quinn_proto::VarInt;
 
+use crate::certs;
+
 /// Why a connection ended or never came to be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -89,7 +91,13 @@ impl From<quinn_proto::ConnectionError> for ConnectionError {
         match error {
             Quic::VersionMismatch => Self::VersionMismatch,
             Quic::TransportError(error) => Self::PeerViolation(error.to_string()),
-            Quic::ConnectionClosed(close) => Self::AbortedByPeer(close.to_string()),
+            Quic::ConnectionClosed(close) => {
+                let reason = String::from_utf8_lossy(&close.reason);
+                match certs::peer_alert_advice(close.error_code.into(), &reason) {
+                    Some(advice) => Self::AbortedByPeer(format!("{close}; {advice}")),
+                    None => Self::AbortedByPeer(close.to_string()),
+                }
+            }
             Quic::ApplicationClosed(close) => {
                 Self::ClosedByPeer { code: close.error_code, reason: close.reason }
             }

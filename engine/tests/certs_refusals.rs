@@ -17,10 +17,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::future::join;
-use pair::{NAME, Watchdog, config};
+use pair::{NAME, PATIENCE, Watchdog, config};
 use pollster::block_on;
 use quinn_proto::crypto;
 use quinn_proto::crypto::rustls::QuicServerConfig;
@@ -405,6 +405,155 @@ fn every_bad_input_is_refused_counted_and_leaves_no_trace() {
             assert_eq!(refusal.total(by), 1, "{by}, {fault:?} counts once, as nothing else");
         }
         assert!(errors.insert(refusal.error), "{by}, {fault:?} has words of its own");
+    }
+}
+
+/// rustls without post-quantum key exchange, as other software from before ML-KEM.
+fn classical() -> Arc<rustls::crypto::CryptoProvider> {
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    provider.kx_groups = vec![rustls::crypto::aws_lc_rs::kx_group::X25519];
+    Arc::new(provider)
+}
+
+/// Accepts any server: what is tested is settled before certificates are shown.
+#[derive(Debug)]
+struct AcceptAny(Arc<rustls::crypto::CryptoProvider>);
+
+impl rustls::client::danger::ServerCertVerifier for AcceptAny {
+    fn verify_server_cert(
+        &self,
+        _leaf: &rustls::pki_types::CertificateDer<'_>,
+        _intermediates: &[rustls::pki_types::CertificateDer<'_>],
+        _name: &rustls::pki_types::ServerName<'_>,
+        _ocsp: &[u8],
+        _now: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &rustls::pki_types::CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, leaf, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &rustls::pki_types::CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, leaf, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// What both ends are told of a handshake that fails.
+fn both_errors(server: &Engine, client: &Engine) -> [String; 2] {
+    let (told, accepted) = block_on(async {
+        let accepting = async { server.accept().await.unwrap().accept().await };
+        join(client.connect(server.local_addr(), NAME), accepting).await
+    });
+    [accepted.expect_err("accepted").to_string(), told.expect_err("connected").to_string()]
+}
+
+/// With post-quantum key exchange a ClientHello comes in two packets, and the second brings the refusal
+/// while the first still waits for `accept`: the client is told all the same, at once.
+#[test]
+fn a_refusal_of_the_second_part_of_a_client_hello_arrives() {
+    let _watchdog = Watchdog::new("a_refusal_of_the_second_part_of_a_client_hello_arrives");
+    let names = IdentityNames::new().with_dns(NAME).unwrap();
+    let tls = ServerTls::builder().identity_self_signed(names).alpn([ALPN]).build().unwrap();
+    let server = Engine::builder().config(config()).server(tls.crypto()).start().unwrap();
+    let other = ClientTls::builder().roots(tls.identity().roots().to_vec()).alpn(["another"]);
+    let other = other.build().unwrap();
+    let client = Engine::builder().config(config()).client(other.crypto()).start().unwrap();
+    for error in both_errors(&server, &client) {
+        assert!(error.contains("configure the same ALPN on both sides"), "{error}");
+    }
+    assert_eq!(tls.faults().count(CertificateFault::NoCommonProtocol), 1);
+    // Counted, which is published after the turn, and nothing of it stays.
+    let start = Instant::now();
+    loop {
+        let shard = server.stats()[0].shard;
+        if (shard.incoming_failed, shard.connections) == (1, 0) {
+            break;
+        }
+        assert!(start.elapsed() < PATIENCE, "{shard:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn both_ends_say_that_post_quantum_is_required() {
+    let _watchdog = Watchdog::new("both_ends_say_that_post_quantum_is_required");
+    let names = IdentityNames::new().with_dns(NAME).unwrap();
+    let count = |engine: &Engine, by| {
+        let refusal = Refusal { error: String::new(), metrics: engine.prometheus() };
+        assert_eq!(refusal.total(by), 1);
+        refusal.count(by, CertificateFault::NoCommonKeyExchange)
+    };
+    // A server that requires it, and a client of other software without it.
+    let tls = ServerTls::builder().identity_self_signed(names.clone()).require_post_quantum(true);
+    let tls = tls.alpn([ALPN]).build().unwrap();
+    let server = Engine::builder().config(config()).server(tls.crypto());
+    let server = server.faults("server", tls.faults().clone()).start().unwrap();
+    let mut old = rustls::ClientConfig::builder_with_provider(classical())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AcceptAny(classical())))
+        .with_no_client_auth();
+    old.alpn_protocols = vec![ALPN.as_bytes().to_vec()];
+    let old = Arc::new(crypto::rustls::QuicClientConfig::try_from(old).unwrap());
+    let client = Engine::builder().config(config()).client(old).start().unwrap();
+    for error in both_errors(&server, &client) {
+        assert!(error.contains("post-quantum required"), "{error}");
+        assert!(error.contains("X25519MLKEM768"), "{error}");
+    }
+    assert_eq!(count(&server, "server"), 1);
+    // A client that requires it, and a server of other software without it.
+    let scene = Scene::new("post-quantum");
+    let (leaf, key) = scene.leaf(|_| {});
+    let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+    let mut old = rustls::ServerConfig::builder_with_provider(classical())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![leaf.der().clone()], key)
+        .unwrap();
+    old.alpn_protocols = vec![ALPN.as_bytes().to_vec()];
+    let old = Arc::new(QuicServerConfig::try_from(old).unwrap());
+    let server = Engine::builder().config(config()).server(old).start().unwrap();
+    let tls = ClientTls::builder().roots([scene.root.der().clone()]).require_post_quantum(true);
+    let tls = tls.alpn([ALPN]).build().unwrap();
+    let client = Engine::builder().config(config()).client(tls.crypto());
+    let client = client.faults("client", tls.faults().clone()).start().unwrap();
+    let [other_software, ours] = both_errors(&server, &client);
+    assert!(other_software.contains("NoKxGroups"), "{other_software}");
+    assert!(ours.contains("X25519MLKEM768") && ours.contains("post-quantum"), "{ours}");
+    // Between two of ours it is what they settle on, and each connection tells.
+    let tls = ServerTls::builder().identity_self_signed(names).require_post_quantum(true);
+    let tls = tls.alpn([ALPN]).build().unwrap();
+    let client = ClientTls::builder().roots(tls.identity().roots().to_vec()).alpn([ALPN]);
+    let client = client.require_post_quantum(true).build().unwrap();
+    let server = Engine::builder().config(config()).server(tls.crypto()).start().unwrap();
+    let client = Engine::builder().config(config()).client(client.crypto()).start().unwrap();
+    let (made, accepted) = block_on(async {
+        let accepting = async { server.accept().await.unwrap().accept().await };
+        join(client.connect(server.local_addr(), NAME), accepting).await
+    });
+    for connection in [made.unwrap(), accepted.unwrap()] {
+        let settled = connection.handshake().unwrap();
+        assert_eq!(settled.group, Some(rustls::NamedGroup::X25519MLKEM768));
     }
 }
 

@@ -17,11 +17,13 @@ use std::time::Duration;
 
 use common::netns::{Netns, in_netns, wait_until};
 use common::transfer::{Transfer, Watchdog, assert_interface_clean, start_client, start_server};
+use pollster::block_on;
 use rustix::process::{Pid, Signal, kill_process};
 use stoq::config::TransportConfig;
 use stoq::datapath::choice::DatapathChoice;
 use stoq::datapath::{Capabilities, DatapathKind};
 use stoq::engine::Engine;
+use stoq::error::ConnectionError;
 use stoq::testing::detach_bpf_link;
 
 const LEFT: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
@@ -216,6 +218,34 @@ fn a_transfer_goes_on_over_the_socket_alone() {
     transfer.finish_intact();
 }
 
+/// The kernel gives the sockets that stand in each its own shard's packets.
+#[test]
+fn sockets_that_stand_in_are_steered() {
+    let link = Link::new("standby steered", 2);
+    let transfer = link.transfer_with(2, |config| {
+        config.failover_backoff_ms_min = 60_000;
+        config.failover_backoff_ms_max = 60_000;
+    });
+    let server = &*transfer.server;
+    let steered = || {
+        let counters = server.steering_counters().expect("it runs").expect("the kernel answers");
+        counters.iter().find(|(name, _)| *name == "steered_by_id").expect("counted").1
+    };
+    let reasons = server.datapath_reasons();
+    assert!(reasons.iter().any(|reason| reason.contains("beside the rings: packets are steered")));
+    link.disconnect();
+    wait_for_all([server, &transfer.client], "the socket stands in", on_standby);
+    link.connect(1500, 2);
+    transfer.advance(SOME, PATIENCE);
+    let handed_over = || server.stats().iter().map(|stats| stats.shard.rx_handed_over).sum::<u64>();
+    let (steered_before, handed_over_before) = (steered(), handed_over());
+    transfer.advance(SOME, PATIENCE);
+    wait_until("the kernel steers", PATIENCE, || steered() > steered_before);
+    assert_eq!(handed_over(), handed_over_before, "each packet meets its shard");
+    transfer.finish_intact();
+    link.assert_clean();
+}
+
 #[test]
 fn link_down_is_no_failover() {
     let link = Link::new("link down", 1);
@@ -246,6 +276,65 @@ fn program_detached_from_outside() {
     assert_redirects(&transfer, &transfer.server);
     assert_redirects(&transfer, &transfer.client);
     transfer.finish_intact();
+    link.assert_clean();
+}
+
+/// A link-local address names its link by the interface's index. That stays what it was when only the
+/// program goes; a new interface of the same name is another link, where the port works for new
+/// connections and the old ones end.
+#[test]
+fn a_link_local_port_returns() {
+    let link = Link::new("link-local", 1);
+    let local = |last| Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x57, last);
+    let add_addresses = || {
+        for (netns, last) in [(&link.left, 1), (&link.right, 2)] {
+            netns.add_address(DEVICE, &format!("{}/64", local(last)));
+        }
+    };
+    add_addresses();
+    let build = |address| {
+        let config = TransportConfig { idle_timeout_ms: 3_000, ..config(address, 1) };
+        Engine::builder().config(config)
+    };
+    let server = link.right.run(|| start_server(local(2), build(local(2))));
+    let server = server.unwrap_or_else(|error| panic!("server: {error}"));
+    let client = link.left.run(|| start_client(build(local(1))));
+    let client = client.unwrap_or_else(|error| panic!("client: {error}"));
+    let port = server.local_addr().port();
+    let remote = || SocketAddrV6::new(local(2), port, 0, link.left.ifindex(DEVICE));
+    let transfer = Transfer::start_to(remote(), server, client);
+    transfer.advance(SOME, PATIENCE);
+    for fd in xdp_links() {
+        detach_bpf_link(fd).expect("a link");
+    }
+    let engines = [&*transfer.server, &*transfer.client];
+    for engine in engines {
+        wait_until("there and back", PATIENCE, || changes(engine) == (1, 1));
+    }
+    assert_redirects(&transfer, &transfer.server);
+    assert_redirects(&transfer, &transfer.client);
+
+    let index_before = remote().scope_id();
+    link.disconnect();
+    wait_for_all(engines, "the socket stands in", on_standby);
+    link.connect(1500, 1);
+    add_addresses();
+    assert_ne!(remote().scope_id(), index_before, "the kernel does not give an index twice");
+    wait_for_all(engines, "AF_XDP is back", on_af_xdp);
+    assert_eq!(block_on(transfer.connection.closed()), ConnectionError::TimedOut);
+    // The server's end times out as well: who knocks now is another.
+    let knocking = transfer.client.connect(remote(), &local(2).to_string());
+    let (near, far) = block_on(async {
+        let far = transfer.server.accept().await.expect("a client").accept();
+        futures_util::future::join(knocking, far).await
+    });
+    let (near, far) = (near.expect("connected"), far.expect("accepted"));
+    assert_eq!(near.remote_address(), remote());
+    drop((near, far));
+    let outcomes = transfer.finish();
+    assert!(
+        outcomes.iter().all(|end| end.as_ref().is_err_and(|error| error.contains("timed out")))
+    );
     link.assert_clean();
 }
 

@@ -12,8 +12,10 @@ pub(super) const WINDOW_ASK_MIN: Duration = Duration::from_secs(60);
 pub(super) const WINDOW_ASK_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Wait after a question for the window that nobody answered.
 pub(super) const WINDOW_ASK_RETRY: Duration = Duration::from_secs(6 * 60 * 60);
-/// First wait after a failed renewal.
-const BACKOFF_MIN: Duration = Duration::from_secs(5);
+/// First wait after a failed renewal; shorter for certificates that live some minutes only.
+const BACKOFF_FIRST: Duration = Duration::from_secs(5);
+/// Shortest wait between attempts.
+const BACKOFF_MIN: Duration = Duration::from_secs(2);
 /// Longest wait between attempts.
 pub(super) const BACKOFF_MAX: Duration = Duration::from_secs(10 * 60);
 
@@ -90,7 +92,7 @@ impl Backoff {
     /// The wait after one more failure, for a certificate that lives `lifetime`.
     pub(super) fn next_delay(&mut self, lifetime: Duration, rng: &mut impl Rng) -> Duration {
         let longest = (lifetime / 50).clamp(BACKOFF_MIN, BACKOFF_MAX);
-        let doubled = BACKOFF_MIN.saturating_mul(1 << self.attempts.min(10));
+        let doubled = BACKOFF_FIRST.saturating_mul(1 << self.attempts.min(10));
         self.attempts = self.attempts.saturating_add(1);
         doubled.min(longest).mul_f64(rng.random_range(0.5..1.0))
     }
@@ -147,13 +149,16 @@ mod tests {
         let mut rng = StdRng::seed_from_u64(1);
         let mut backoff = Backoff::default();
         let delays: Vec<_> = (0..40).map(|_| backoff.next_delay(DAY, &mut rng)).collect();
-        assert!(delays[0] <= BACKOFF_MIN);
+        assert!(delays[0] <= BACKOFF_FIRST);
         assert!(delays[20..].iter().all(|d| *d >= BACKOFF_MAX / 2 && *d <= BACKOFF_MAX));
         backoff.reset();
-        assert!(backoff.next_delay(DAY, &mut rng) <= BACKOFF_MIN);
+        assert!(backoff.next_delay(DAY, &mut rng) <= BACKOFF_FIRST);
         // A short life is not slept through.
         let hour = Duration::from_secs(3600);
         let mut backoff = Backoff::default();
         assert!((0..40).all(|_| backoff.next_delay(hour, &mut rng) <= hour / 50));
+        let minute = Duration::from_secs(60);
+        let mut backoff = Backoff::default();
+        assert!((0..40).all(|_| backoff.next_delay(minute, &mut rng) <= BACKOFF_MIN));
     }
 }

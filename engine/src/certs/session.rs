@@ -125,6 +125,23 @@ pub fn explain_peer_alert(error_code: u64, reason: &str) -> Option<String> {
     Some(format!("the peer refused the handshake (TLS alert {alert}): {advice}"))
 }
 
+/// What to do about a TLS alert from a peer that says no more than `reason`. `None` if `error_code` is no
+/// alert that tells something, or the reason says it: peers that run STOQ name the cure themselves.
+pub(crate) fn peer_alert_advice(error_code: u64, reason: &str) -> Option<&'static str> {
+    if CertificateFault::ALL.iter().any(|fault| reason.contains(fault.advice())) {
+        return None;
+    }
+    match CertificateFault::of_peer_alert(error_code)? {
+        CertificateFault::Other => None,
+        // handshake_failure (40), RFC 8446, section 6.2: whatever could not be agreed on.
+        CertificateFault::NoCommonKeyExchange => Some(
+            "no key exchange group, signature scheme or cipher suite in common: with post-quantum key \
+             exchange required, both sides must offer X25519MLKEM768",
+        ),
+        fault => Some(fault.advice()),
+    }
+}
+
 /// What both sides of a session share.
 #[derive(Debug, Clone)]
 pub(super) struct SessionContext {

@@ -223,15 +223,14 @@ fn open_af_xdp(config: &TransportConfig, using: &Use<'_>) -> Result<Opened, Star
         }
     }
     let paths = open_interface(&af_xdp).map_err(|error| refused("af_xdp", &error))?;
-    let reasons = replies(&paths, unknown).into_iter().collect();
+    let mut reasons: Vec<String> = replies(&paths, unknown).into_iter().collect();
     let xdp = paths.first().map(|path| XdpHandle::new(path.interface()));
-    Ok(Opened {
-        datapaths: Datapaths::AfXdp(paths),
-        reasons,
-        xdp,
-        af_xdp: Some(af_xdp),
-        steering: None,
-    })
+    // What the XDP program passes, and all packets while the sockets stand in for the device.
+    let is_one_port = paths.iter().all(|path| path.local_addr() == paths[0].local_addr());
+    let sockets = paths.iter().filter_map(AfXdp::slow_path_socket);
+    let (steering, how) = steer(sockets, using.table.filter(|_| is_one_port));
+    reasons.extend(how.into_iter().map(|how| format!("beside the rings: {how}")));
+    Ok(Opened { datapaths: Datapaths::AfXdp(paths), reasons, xdp, af_xdp: Some(af_xdp), steering })
 }
 
 /// How the replies to a client come to their shards, where that is a question; `unknown` says why

@@ -223,6 +223,11 @@ impl AfXdp {
         })
     }
 
+    /// The kernel's socket that holds the port, where it is not another datapath's now.
+    pub(crate) fn slow_path_socket(&self) -> Option<BorrowedFd<'_>> {
+        self.slow_path.as_ref().map(SocketDatapath::udp_socket)
+    }
+
     /// Whether the device works on our frames without copying.
     #[must_use]
     pub fn is_zero_copy(&self) -> bool {
