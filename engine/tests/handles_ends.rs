@@ -266,6 +266,50 @@ fn a_peer_that_vanishes_ends_every_wait_on_both_sides() {
     }
 }
 
+/// A lost connection tells of each stream whether the peer had acknowledged all of its data, finished
+/// or not, waited for or not; nothing more can be known.
+#[test]
+fn a_lost_connection_tells_what_had_been_acknowledged() {
+    let _watchdog = Watchdog::new("acknowledged or not");
+    let config = TransportConfig { idle_timeout_ms: 3_000, ..config() };
+    let pair = Pair::with(config.clone(), config);
+    let (client, server, relay) = block_on(connect_through(&pair));
+    let write = async |finish: bool| {
+        let mut send = client.open_uni().await.unwrap();
+        send.write_all(&[9; 5_000]).await.unwrap();
+        if finish {
+            send.finish().unwrap();
+        }
+        send
+    };
+    let arrived = block_on(async {
+        let arrived = write(true).await;
+        assert_eq!(arrived.stopped().await, Ok(None));
+        arrived
+    });
+    // All of its data arrived, but nobody said that this was all.
+    let unfinished = block_on(write(false));
+    let mut peer = block_on(async {
+        drop(server.accept_uni().await.unwrap());
+        server.accept_uni().await.unwrap()
+    });
+    let mut received = 0;
+    while received < 5_000 {
+        received += block_on(peer.read_chunk(usize::MAX)).unwrap().unwrap().len();
+    }
+    drop(relay);
+    let in_flight = block_on(write(true));
+    assert_eq!(block_on(client.closed()), ConnectionError::TimedOut);
+    for (send, is_acknowledged) in [(&arrived, true), (&unfinished, false), (&in_flight, false)] {
+        assert_eq!(send.is_acknowledged(), is_acknowledged);
+        let told = if is_acknowledged { Ok(None) } else { Err(ConnectionError::TimedOut) };
+        assert_eq!(block_on(send.stopped()), told);
+    }
+    assert_eq!(block_on(server.closed()), ConnectionError::TimedOut);
+    drop((client, server, peer, arrived, unfinished, in_flight));
+    pair.wait_idle();
+}
+
 /// How a thousand writers are ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
