@@ -70,6 +70,8 @@ pub const STATS_PUBLISHED_PER_TURN_MAX: usize = 64;
 pub const CLOSES_PER_TURN_MAX: usize = 128;
 /// Entries of the timer wheel that one turn expires or moves at most.
 pub const TIMERS_PER_TURN_MAX: usize = 64;
+/// Connections that one turn looks at after a change of our address, to move them.
+pub const MIGRATIONS_PER_TURN_MAX: usize = 64;
 /// Timers of applications that fire in one turn at most, those set meanwhile included.
 pub const APP_TIMERS_PER_TURN_MAX: usize = 64;
 /// Packets that one connection sends before the next connection has its turn.

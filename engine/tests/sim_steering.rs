@@ -18,6 +18,7 @@ use quinn_proto::Dir;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use sim::{Plan, SERVER, SERVER_HOST, Send, SharedLog, TestApp, pattern, tls};
+use stoq::VarInt;
 use stoq::clock::SimClock;
 use stoq::config::{CidConfig, RetryPolicy, TransportConfig};
 use stoq::datapath::sim::{LinkConfig, Prefix, SimNetwork, SimNode, run};
@@ -35,6 +36,8 @@ const STEP: Duration = Duration::from_millis(10);
 const LIMIT: Duration = Duration::from_secs(120);
 /// After so long without an answer a client gives up.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
+/// The server gives up clients of which it hears nothing in less, handshakes included.
+const SETTLE: Duration = Duration::from_secs(60);
 /// Moves within that time that explain the silence: one a second, while probes are seconds apart.
 const MOVES_IN_SILENCE: usize = 20;
 
@@ -228,7 +231,26 @@ impl Stage {
                 .extend(self.clients.iter_mut().map(|client| &mut client.host as &mut dyn SimNode));
             run(&mut nodes, &self.network, &self.clock, until);
         }
-        self.outcome()
+        let outcome = self.outcome();
+        self.settle();
+        outcome
+    }
+
+    /// Every connection that the server took ends there, too, and its application is told why, once.
+    fn settle(&mut self) {
+        // The clients are gone; what they did not say is told by the idle timeout.
+        for client in &self.clients {
+            client.host.shut_down(VarInt::from_u32(0), b"done");
+        }
+        let mut nodes: Vec<&mut dyn SimNode> = vec![&mut self.server];
+        nodes.extend(self.clients.iter_mut().map(|client| &mut client.host as &mut dyn SimNode));
+        let until = self.clock.elapsed() + SETTLE;
+        run(&mut nodes, &self.network, &self.clock, until);
+        let counters = self.server.counters();
+        assert_eq!(counters.connections, 0, "left behind: {counters:?}");
+        let logs = self.server_logs.lock().expect("logs");
+        let told: usize = logs.iter().map(|log| log.lock().expect("log").closed.len()).sum();
+        assert_eq!(told as u64, counters.accepted + counters.incoming_failed, "{counters:?}");
     }
 
     fn outcome(&self) -> Outcome {

@@ -1,5 +1,8 @@
 //! Packets find their connection's shard: over rebindings, rotations and forgeries, on `::1`.
 
+#[path = "common/balance.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod balance;
 #[path = "common/pair.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod pair;
@@ -7,7 +10,6 @@ mod pair;
 #[allow(dead_code, unreachable_pub)]
 mod relay;
 
-use std::any::Any;
 use std::net::Ipv6Addr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -17,14 +19,11 @@ use pair::{NAME, Pair, Watchdog, config, counters, wait_for};
 use pollster::block_on;
 use quinn_proto::TokenStore;
 use relay::Relay;
-use stoq::VarInt;
-use stoq::app::{ConnId, Incoming, ShardApp, ShardCx};
 use stoq::certs::SharedKeys;
 use stoq::config::{CidConfig, CidKey, RetryPolicy, ServerId, TransportConfig};
 use stoq::connection::Connection;
 use stoq::engine::Engine;
 use stoq::error::ConnectionError;
-use stoq::metrics::ShardCounters;
 
 const SHARDS: usize = 4;
 
@@ -80,7 +79,10 @@ fn a_connection_survives_many_rebindings() {
         let counters = counters(&pair.server);
         assert_eq!(counters.rx_drop_no_owner, 0);
         assert_eq!(counters.rx_drop_unknown_connection, 0);
-        assert_eq!(counters.rx_handed_over, counters.rx_taken_over);
+        wait_for("every hand-over has ended", || {
+            let now = pair::counters(&pair.server);
+            now.rx_handed_over == now.rx_taken_over
+        });
     });
 }
 
@@ -185,6 +187,14 @@ async fn retries_of_a_connection(pair: &Pair) -> u64 {
     counters(&pair.server).retries - before
 }
 
+/// A connection whose client is sent back for a token; the counter may come behind the packet.
+async fn connect_with_a_retry(pair: &Pair) {
+    let before = counters(&pair.server).retries;
+    let (client, server) = pair.connect().await;
+    exchange(&client, &server, 1000).await;
+    wait_for("a Retry: no token was believed", || counters(&pair.server).retries > before);
+}
+
 fn shards_that_accepted(server: &Engine) -> usize {
     server.stats().iter().filter(|stats| stats.shard.accepted > 0).count()
 }
@@ -199,12 +209,12 @@ fn an_address_token_is_good_once_whichever_shard_sees_it() {
         Engine::builder().config(config()).token_store(store.clone()),
     );
     block_on(async {
-        assert!(retries_of_a_connection(&pair).await > 0, "no token yet");
+        connect_with_a_retry(&pair).await;
         let came = || store.0.lock().expect("not poisoned").is_some();
         wait_for("the server's token", came);
         assert_eq!(retries_of_a_connection(&pair).await, 0, "the token proves the address");
-        for replay in 0..12 {
-            assert!(retries_of_a_connection(&pair).await > 0, "replay {replay} was believed");
+        for _replay in 0..12 {
+            connect_with_a_retry(&pair).await;
         }
     });
     assert!(shards_that_accepted(&pair.server) > 1, "one shard saw every replay");
@@ -216,7 +226,7 @@ fn each_connection_brings_tokens_for_the_next_on_any_shard() {
     let server = TransportConfig { retry: RetryPolicy::Always, ..sharded() };
     let pair = Pair::with(server, TransportConfig { shards: 2, ..config() });
     block_on(async {
-        assert!(retries_of_a_connection(&pair).await > 0);
+        connect_with_a_retry(&pair).await;
         for _ in 0..12 {
             // Tokens come with the first data after the handshake.
             std::thread::sleep(Duration::from_millis(20));
@@ -280,13 +290,14 @@ fn a_retry_token_is_good_once_at_whichever_shard_it_is_presented() {
         let token = tokens.iter().map(|initial| token_of(initial)).find(|token| !token.is_empty());
         let token = Bytes::copy_from_slice(token.expect("a Retry was demanded"));
         *store.0.lock().expect("not poisoned") = Some(token);
-        for replay in 0..16 {
+        for _replay in 0..16 {
             let before = counters(&pair.server).retries;
             let connecting = pair.client.connect(relay.addr, NAME);
             let incoming = pair.server.accept().await.expect("the thief knocks");
             let (near, far) = futures_util::future::join(connecting, incoming.accept()).await;
             let (near, far) = (near.expect("connected"), far.expect("accepted"));
-            assert!(counters(&pair.server).retries > before, "replay {replay} was believed");
+            // The counter may come behind the packet; a replay that is believed never counts.
+            wait_for("no replay is believed", || counters(&pair.server).retries > before);
             exchange(&near, &far, 1000).await;
         }
     });
@@ -328,7 +339,8 @@ fn a_server_without_memory_resets_the_connections_of_every_shard() {
         for (client, _, relay) in &links {
             assert_eq!(client.close_reason(), None, "a stranger ended a connection");
             relay.retarget(heir.local_addr());
-            client.send_datagram(Bytes::from_static(b"are you there?")).expect("sent");
+            // A packet sent before again may have met the heir already: the reason is looked at below.
+            let _over_already = client.send_datagram(Bytes::from_static(b"are you there?"));
         }
         for (client, _, _) in &links {
             assert_eq!(client.closed().await, ConnectionError::Reset);
@@ -338,66 +350,15 @@ fn a_server_without_memory_resets_the_connections_of_every_shard() {
     assert!(senders > 1, "one shard sent all");
 }
 
-/// A server's application that takes everybody, and gives up those of its shard when told.
-#[derive(Default)]
-struct Fickle(Vec<ConnId>);
-
-impl ShardApp for Fickle {
-    fn handle_incoming(&mut self, cx: &mut ShardCx<'_>, incoming: Incoming) {
-        self.0.extend(cx.accept(incoming));
-    }
-
-    fn handle_message(&mut self, cx: &mut ShardCx<'_>, _close_all: Box<dyn Any + Send>) {
-        for conn in self.0.drain(..) {
-            cx.close(conn, VarInt::from_u32(0), Bytes::new());
-        }
-    }
-}
-
-/// All shards but one have lost their connections: newcomers whose IDs lead to the busy one are sent
-/// elsewhere by a Retry, at no other's cost.
+/// A round trip more for those who would come to a shard that has far more than the others.
 #[test]
 fn newcomers_avoid_the_one_busy_shard() {
-    const CROWD: usize = 560;
-    const NEWCOMERS: u64 = 60;
     let _watchdog = Watchdog::new("newcomers_avoid_the_one_busy_shard");
     let (server_tls, client_tls) = pair::identity();
-    let server = TransportConfig { retry: RetryPolicy::UnderLoad, new_tokens: 0, ..sharded() };
-    let server = Engine::builder().config(server).server(server_tls).app(|_| Fickle::default());
-    let client = Engine::builder().config(config()).client(client_tls);
-    let pair = Pair {
-        server: server.start().expect("the server starts"),
-        client: client.start().expect("the client starts"),
-    };
-    let by_shard = |of: fn(&ShardCounters) -> u64| -> Vec<u64> {
-        pair.server.stats().iter().map(|stats| of(&stats.shard)).collect()
-    };
-    let connect = async || pair.client.connect(pair.server.local_addr(), NAME).await.expect("room");
-    block_on(async {
-        let mut crowd = Vec::new();
-        for _ in 0..CROWD {
-            crowd.push(connect().await);
-        }
-        assert_eq!(counters(&pair.server).retries, 0, "the hash has spread them evenly");
-        for shard in 1..SHARDS {
-            pair.server.send_to_app(shard, Box::new(())).expect("the server runs");
-        }
-        wait_for("the others are empty", || {
-            by_shard(|shard| shard.connections)[1..].iter().all(|connections| *connections == 0)
-        });
-        let before = by_shard(|shard| shard.accepted);
-        for _ in 0..NEWCOMERS {
-            crowd.push(connect().await);
-        }
-        let after = by_shard(|shard| shard.accepted);
-        let came: Vec<u64> =
-            after.iter().zip(&before).map(|(after, before)| after - before).collect();
-        assert_eq!(came.iter().sum::<u64>(), NEWCOMERS);
-        // By the hash alone 15; of those one in 16 draws the busy shard twice and stays.
-        assert!(came[0] <= 5, "{came:?}, retries {:?}", by_shard(|shard| shard.retries));
-        let retries = by_shard(|shard| shard.retries);
-        assert!(retries[0] > 0 && retries[1..].iter().all(|retries| *retries == 0), "{retries:?}");
-    });
+    let server = Engine::builder().config(balance::config(config())).server(server_tls);
+    let server = server.app(|_| balance::Fickle::default()).start().expect("the server starts");
+    let client = Engine::builder().config(config()).client(client_tls).start();
+    balance::newcomers_avoid_the_one_busy_shard(&server, &client.expect("the client starts"));
 }
 
 #[test]

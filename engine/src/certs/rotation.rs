@@ -392,10 +392,11 @@ impl RotatingIdentity {
         let (Some(path), Source::Authority { names, .. }) = (&self.store, &self.source) else {
             return false;
         };
-        if !path.exists() {
+        let is_there = path.try_exists().map_err(|error| CertsError::file("stat", path, error));
+        if matches!(is_there, Ok(false)) {
             return false;
         }
-        let loaded = pem::read_private(path).and_then(|bytes| {
+        let loaded = is_there.and_then(|_there| pem::read_private(path)).and_then(|bytes| {
             let what = path.display().to_string();
             let chain = pem::certificates(&bytes, &what)?;
             let key = pem::private_key(&bytes, &what)?;

@@ -12,7 +12,7 @@ use quinn_proto::crypto::{HandshakeTokenKey, HmacKey};
 
 use super::error::CertsError;
 use super::fault::{CertificateFault, count_start};
-use super::storage::{Access, replace_file};
+use super::storage::{Access, create_file_if_missing};
 use super::{names, pem};
 
 /// Size of the secret.
@@ -50,12 +50,12 @@ impl SharedKeys {
     }
 
     fn open(path: &Path) -> Result<Self, CertsError> {
-        let missing = !path.try_exists().map_err(|error| CertsError::file("stat", path, error))?;
-        if missing {
+        let fresh = || {
             let secret = random_secret()?;
             let text: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
-            replace_file(path, format!("{text}\n").as_bytes(), Access::Owner)?;
-        }
+            Ok(format!("{text}\n").into_bytes())
+        };
+        create_file_if_missing(path, fresh, Access::Owner)?;
         let bytes = pem::read_private(path)?;
         let secret = parse_secret(&bytes).ok_or_else(|| CertsError::Parse {
             fault: CertificateFault::Malformed,
@@ -185,6 +185,25 @@ mod tests {
         assert_eq!(a.connection_id_key().unwrap(), b.connection_id_key().unwrap());
         assert_ne!(a.ticket_secret().unwrap(), stranger.ticket_secret().unwrap());
         assert_ne!(a.ticket_secret().unwrap()[..16], a.connection_id_key().unwrap());
+    }
+
+    /// A service whose processes all start on a new machine at once.
+    #[test]
+    fn of_many_that_start_at_once_one_makes_the_secret() {
+        for _ in 0..10 {
+            let dir = TestDir::new();
+            let path = dir.path().join("shared.key");
+            let barrier = std::sync::Barrier::new(6);
+            let secrets: Vec<_> = std::thread::scope(|scope| {
+                let start = || {
+                    barrier.wait();
+                    SharedKeys::load_or_create(&path).unwrap().ticket_secret().unwrap()
+                };
+                let starting: Vec<_> = (0..6).map(|_| scope.spawn(start)).collect();
+                starting.into_iter().map(|one| one.join().unwrap()).collect()
+            });
+            assert!(secrets.iter().all(|secret| *secret == secrets[0]), "a fleet of strangers");
+        }
     }
 
     #[test]

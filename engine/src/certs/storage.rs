@@ -2,7 +2,8 @@
 //!
 //! A directory write replaces the file as a whole: temporary file, fsync, rename, fsync of the
 //! directory. A crash or a full disk at any point leaves the old content or the new, never a mix;
-//! the temporary file of a killed writer is removed at the next open.
+//! the temporary file of a killed writer is removed at the next open. Writers in one directory, of this
+//! process and of others, take turns.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -10,8 +11,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::error::CertsError;
 use super::pem;
@@ -20,6 +23,11 @@ use super::pem;
 const LOCK_FILE: &str = "lock";
 /// Ending of files that are being written.
 const TEMPORARY_ENDING: &str = ".tmp";
+
+/// How long a writer waits for others in its directory: a write takes milliseconds.
+const TURN_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How often it looks whether it is its turn.
+const TURN_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Small named files that are replaced as a whole.
 pub(super) trait Storage: Send + Sync {
@@ -94,7 +102,7 @@ impl Directory {
             .map_err(|error| CertsError::file("open", &lock_path, error))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Errno::WOULDBLOCK) => {
                 return Err(CertsError::DirectoryLocked { path: path.to_owned() });
             }
             Err(errno) => return Err(CertsError::file("flock", &lock_path, errno.into())),
@@ -141,8 +149,82 @@ impl Storage for Directory {
 /// Replaces the file at `path` as a whole and durably.
 ///
 /// # Errors
-/// A system call failed; the old file stands and the temporary one is gone.
+/// A system call failed; the old file stands and the temporary one is gone. (Only if the very last step
+/// failed, the directory's fsync, the new file stands and may not survive a crash.)
 pub(super) fn replace_file(path: &Path, content: &[u8], access: Access) -> Result<(), CertsError> {
+    let turn = Turn::wait(path)?;
+    replace_in_turn(&turn, path, content, access)
+}
+
+/// Makes the file at `path` unless it is there. Of many who do so at once, in whatever process, one
+/// makes it.
+///
+/// # Errors
+/// As [`replace_file`], or those of `make`.
+pub(super) fn create_file_if_missing(
+    path: &Path,
+    make: impl FnOnce() -> Result<Vec<u8>, CertsError>,
+    access: Access,
+) -> Result<(), CertsError> {
+    let is_there = || path.try_exists().map_err(|error| CertsError::file("stat", path, error));
+    // The common case needs no turn, and no right to write.
+    if is_there()? {
+        return Ok(());
+    }
+    let turn = Turn::wait(path)?;
+    if is_there()? {
+        return Ok(());
+    }
+    replace_in_turn(&turn, path, &make()?, access)
+}
+
+/// The right to write in a directory: all writers of a file share the temporary one's name.
+struct Turn {
+    /// Holds the `flock(2)`, where the file system has locks.
+    directory: File,
+}
+
+impl Turn {
+    fn wait(path: &Path) -> Result<Self, CertsError> {
+        let parent = parent(path);
+        let failed = |operation, error| CertsError::file(operation, parent, error);
+        let directory = File::open(parent).map_err(|error| failed("open directory", error))?;
+        let start = Instant::now();
+        loop {
+            match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Self { directory }),
+                Err(Errno::WOULDBLOCK) if start.elapsed() < TURN_WAIT_MAX => {
+                    std::thread::sleep(TURN_INTERVAL);
+                }
+                Err(Errno::WOULDBLOCK) => {
+                    let held = io::Error::other("another process keeps it locked (flock)");
+                    return Err(failed("lock directory", held));
+                }
+                // NFS locks no directories: there, writers of one file must not meet.
+                Err(Errno::BADF | Errno::NOLCK | Errno::OPNOTSUPP) => {
+                    return Ok(Self { directory });
+                }
+                Err(errno) => return Err(failed("lock directory", errno.into())),
+            }
+        }
+    }
+}
+
+impl Drop for Turn {
+    /// As [`Directory`]'s: a copy of the descriptor may live on elsewhere for a moment.
+    fn drop(&mut self) {
+        if let Err(errno) = flock(&self.directory, FlockOperation::Unlock) {
+            tracing::debug!(%errno, "a directory that could not be locked");
+        }
+    }
+}
+
+fn replace_in_turn(
+    _turn: &Turn,
+    path: &Path,
+    content: &[u8],
+    access: Access,
+) -> Result<(), CertsError> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(TEMPORARY_ENDING);
     let temporary = PathBuf::from(temporary);
@@ -186,13 +268,18 @@ fn write_and_rename(
 
 /// Makes a rename or a new entry durable.
 pub(super) fn sync_parent(path: &Path) -> Result<(), CertsError> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let parent = parent(path);
     File::open(parent)
         .and_then(|directory| directory.sync_all())
         .map_err(|error| CertsError::file("fsync directory", parent, error))
+}
+
+/// The directory that a file is in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Files that vanish with the process: self-signed nodes and tests.
@@ -276,6 +363,27 @@ mod tests {
         let directory = Directory::open(dir.path()).unwrap();
         assert!(!dir.path().join("state.tmp").exists());
         directory.replace("state", b"whole", Access::Owner).unwrap();
+    }
+
+    #[test]
+    fn writers_of_one_file_take_turns() {
+        let dir = TestDir::new();
+        let path = dir.path().join("state");
+        replace_file(&path, b"", Access::Owner).unwrap();
+        std::thread::scope(|scope| {
+            for writer in 0..4u8 {
+                let path = &path;
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        replace_file(path, &vec![writer; 40_000], Access::Owner).unwrap();
+                        let found = fs::read(path).unwrap();
+                        assert_eq!(found.len(), 40_000, "half a file");
+                        assert!(found.iter().all(|byte| *byte == found[0]), "a mix of two");
+                    }
+                });
+            }
+        });
+        assert!(!dir.path().join("state.tmp").exists());
     }
 
     #[test]

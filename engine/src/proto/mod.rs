@@ -31,8 +31,8 @@ use quinn_proto::{
 
 use crate::app::{ConnId, Incoming};
 use crate::config::{
-    CONNECTIONS_PER_SHARE_MAX, HANDSHAKE_STEPS_MAX, TRANSPORTS_MAX, TX_RESPONSES_QUEUED_MAX,
-    TransportConfig,
+    CONNECTIONS_PER_SHARE_MAX, HANDSHAKE_STEPS_MAX, MIGRATIONS_PER_TURN_MAX, TRANSPORTS_MAX,
+    TX_RESPONSES_QUEUED_MAX, TransportConfig,
 };
 use crate::datapath::{Ecn, RxDatagram, TxMeta};
 use crate::error::{ConnectError, ConnectionError};
@@ -95,6 +95,8 @@ pub(crate) struct Protocol {
     touched_max: usize,
     /// Something waits for the next turn's shares.
     held_back: bool,
+    /// After a change of our address the first slot that was not told of it; else `usize::MAX`.
+    migrate_next: usize,
     touched: Vec<u32>,
     tx_queue: VecDeque<u32>,
     pub(crate) responses: VecDeque<Response>,
@@ -210,6 +212,7 @@ impl Protocol {
             closing: 0,
             handshake_steps_left: HANDSHAKE_STEPS_MAX,
             held_back: false,
+            migrate_next: usize::MAX,
             touched_max: CONNECTIONS_PER_SHARE_MAX,
             touched: Vec::new(),
             tx_queue: VecDeque::new(),
@@ -564,9 +567,20 @@ impl Protocol {
         self.conns.iter().flatten().map(|conn| conn.id)
     }
 
-    /// Our address changed: every client connection validates its path anew.
+    /// Our address changed: every client connection validates its path anew, in this turn and the
+    /// next ones.
     pub(crate) fn local_addresses_changed(&mut self) {
-        for slot in 0..self.conns.len() {
+        self.migrate_next = 0;
+    }
+
+    /// Moves some of the connections that a change of address has left, with a fresh ID of the peer
+    /// each (RFC 9000 §9.5).
+    pub(crate) fn migrate_some(&mut self) {
+        if self.migrate_next == usize::MAX {
+            return;
+        }
+        let end = self.conns.len().min(self.migrate_next + MIGRATIONS_PER_TURN_MAX);
+        for slot in self.migrate_next..end {
             if let Some(conn) = &mut self.conns[slot]
                 && conn.inner.side().is_client()
                 && !conn.inner.is_handshaking()
@@ -575,6 +589,9 @@ impl Protocol {
                 self.mark_touched(slot as u32);
             }
         }
+        let is_over = end == self.conns.len();
+        self.migrate_next = if is_over { usize::MAX } else { end };
+        self.held_back |= !is_over;
     }
 
     // --- what is touched ----------------------------------------------------------

@@ -204,6 +204,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             worked = true;
             self.handle_link_event(event);
         }
+        self.proto.migrate_some();
         worked
     }
 
