@@ -171,6 +171,9 @@ pub struct EnrolArgs {
     /// Keep key and certificate in this file (mode 0600), so that a restart needs no token.
     #[arg(long)]
     ca_store: Option<PathBuf>,
+    /// How long a request to the CA may take, s.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=600))]
+    ca_timeout_s: u64,
     /// Kind of the keys that are made for certificates, of a CA elsewhere or of one's own.
     #[arg(long, value_enum, default_value_t)]
     key_algorithm: KeyChoice,
@@ -201,6 +204,7 @@ impl EnrolArgs {
             }
             None => None,
         };
+        config.timeout = Duration::from_secs(self.ca_timeout_s);
         let ca = RemoteCa::new(config)?;
         let mut builder = RotatingIdentity::with_authority(ca, names()?)
             .roots(roots)

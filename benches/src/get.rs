@@ -17,9 +17,11 @@ use sha2::{Digest, Sha256};
 use stoq::VarInt;
 use stoq::connection::Connection;
 use stoq::engine::Engine;
+use stoq::error::ReadError;
 
 use crate::client::{Progress, Reading, RttSamples, SAMPLE_INTERVAL, TrustArgs, parse_url};
 use crate::engine::{TransportArgs, busy_shares, datapath_words, xdp_json};
+use crate::hq::NOT_FOUND;
 use crate::{output, tls};
 
 /// Chunks between the connection and the disk.
@@ -108,7 +110,8 @@ fn fetch(
     received: &Arc<AtomicU64>,
     rtt: &mut RttSamples,
 ) -> anyhow::Result<Fetched> {
-    let file = args.out.as_deref().map(|dir| create(dir, path)).transpose()?;
+    let target = args.out.as_deref().map(|dir| target(dir, path));
+    let file = target.as_deref().map(create).transpose()?;
     let (chunks, queue) = sync_channel::<Bytes>(CHUNKS_QUEUED_MAX);
     let writer = std::thread::Builder::new()
         .name("stoq-get-write".into())
@@ -124,7 +127,7 @@ fn fetch(
                     let (mut send, mut recv) = connection.open_bi().await?;
                     send.write_all(request.as_bytes()).await?;
                     send.finish()?;
-                    while let Some(chunk) = recv.read_chunk(usize::MAX).await? {
+                    while let Some(chunk) = recv.read_chunk(usize::MAX).await.map_err(explain)? {
                         received.fetch_add(chunk.len() as u64, Relaxed);
                         if chunks.send(chunk).is_err() {
                             break; // the writer failed and says why
@@ -153,14 +156,36 @@ fn fetch(
     let read = reader.join().map_err(|_panic| anyhow::anyhow!("the reader panicked"))?;
     let written = writer.join().map_err(|_panic| anyhow::anyhow!("the writer panicked"))?;
     let (bytes, sha256) = written?;
+    if read.is_err()
+        && bytes == 0
+        && let Some(target) = &target
+    {
+        std::fs::remove_file(target)
+            .with_context(|| format!("removing the empty {}", target.display()))?;
+    }
     read.with_context(|| format!("fetching {url}"))?;
     Ok(Fetched { url: url.to_owned(), bytes, sha256 })
 }
 
-fn create(dir: &Path, path: &str) -> anyhow::Result<File> {
-    let name = path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or("index");
-    let full = dir.join(name);
-    File::create(&full).with_context(|| format!("creating {}", full.display()))
+/// What a failed read means to whoever fetches a file.
+fn explain(error: ReadError) -> anyhow::Error {
+    match error {
+        ReadError::Reset(code) if code == NOT_FOUND.into() => {
+            anyhow::anyhow!("the server has no such file (it reset the stream with code {code})")
+        }
+        other => other.into(),
+    }
+}
+
+/// Where a file is written: its last part, in `dir`.
+fn target(dir: &Path, path: &str) -> PathBuf {
+    dir.join(path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or("index"))
+}
+
+fn create(target: &Path) -> anyhow::Result<File> {
+    File::create(target).with_context(|| {
+        format!("creating {} (the folder given with `--out` must exist)", target.display())
+    })
 }
 
 fn hash_and_write(

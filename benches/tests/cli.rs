@@ -223,8 +223,15 @@ fn what_is_not_beneath_the_root_is_reset() {
     let server = Server::start(&scratch, &[]);
     for path in ["none", "../secret", "a/../../secret", "link", "", "."] {
         let text = refused(get(&scratch, &[&server.url(path)]));
-        assert!(text.contains("reset") && text.contains(NOT_FOUND), "{path:?}: {text}");
+        assert!(text.contains("no such file") && text.contains(NOT_FOUND), "{path:?}: {text}");
     }
+    // Nothing is left of a file that is not there.
+    let out = scratch.path("out");
+    std::fs::create_dir(&out).expect("a directory");
+    let mut command = get(&scratch, &[&server.url("none")]);
+    command.args(["--out", &out]);
+    refused(command);
+    assert_eq!(std::fs::read_dir(&out).expect("a directory").count(), 0);
     // One refusal does no harm to others.
     assert_eq!(done(&finish(get(&scratch, &[&server.url("there")])))["bytes"], 10);
 }

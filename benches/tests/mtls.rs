@@ -262,6 +262,85 @@ fn a_stolen_token_shows_in_the_metrics_of_the_ca() {
     assert_eq!(ca.faults("trustchain", "token_spent"), 1);
 }
 
+/// Tokens that were used.
+fn spent(tokens: &Path) -> usize {
+    let entries = std::fs::read_dir(tokens).expect("listed").map(|entry| entry.expect("listed"));
+    entries.filter(|entry| entry.path().extension().is_some_and(|one| one == "spent")).count()
+}
+
+/// Killed (SIGKILL) while nodes enrol, the CA starts again on what it has: each certificate that arrived is
+/// in its books, a token whose answer was lost is spent, one that was not taken is good.
+#[test]
+fn a_ca_killed_while_nodes_enrol_keeps_its_books_and_tokens() {
+    let scratch = Scratch::new();
+    let mut ca = ca(&scratch);
+    let (dir, root, address) = (scratch.file("ca"), scratch.file("root.pem"), ca.address.clone());
+    let (mut again, mut anew) = (0, 0);
+    for round in 0..3_u64 {
+        let ids: Vec<String> = (0..4).map(|node| format!("r{round}n{node}")).collect();
+        let enrol = |id: &str, timeout_s: &str| -> Vec<String> {
+            let (token, store) = (scratch.file(&format!("{id}.token")), scratch.file(id));
+            let flags = [
+                "ca",
+                "enrol",
+                "--client-id",
+                id,
+                "--ca-timeout-s",
+                timeout_s,
+                "--ca-connect",
+                &address,
+                "--ca-root",
+            ];
+            let rest = [&root, "--ca-token-file", &token, "--ca-store", &store, "--json"];
+            flags.iter().chain(&rest).map(ToString::to_string).collect()
+        };
+        let give_token = |id: &str| {
+            let token = stdout(&["ca", "token", "--dir", &dir, "--client-id", id]);
+            std::fs::write(scratch.file(&format!("{id}.token")), token).expect("written");
+        };
+        ids.iter().for_each(|id| give_token(id));
+        let spent_before = spent(Path::new(&scratch.file("ca/tokens")));
+        let start = |id: &String| {
+            let mut command = Command::new(STOQ);
+            let command =
+                command.args(enrol(id, "3")).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.spawn().expect("starts")
+        };
+        let enrolling: Vec<Child> = ids.iter().map(start).collect();
+        // Once a token is spent: certificates are being made, and none, or not all, have left.
+        let begun = Instant::now();
+        while spent(Path::new(&scratch.file("ca/tokens"))) <= spent_before {
+            assert!(begun.elapsed() < PATIENCE, "nobody enrols");
+            std::hint::spin_loop();
+        }
+        drop(ca);
+        ca = Server::start(&["ca", "serve", "--dir", &dir, "--listen", &address]);
+        for (id, child) in ids.iter().zip(enrolling) {
+            let mut output = child.wait_with_output().expect("ended");
+            if !output.status.success() {
+                assert!(!Path::new(&scratch.file(id)).exists(), "{id}: half a certificate");
+                again += 1;
+                let same = enrol(id, "20");
+                output = run(&same.iter().map(String::as_str).collect::<Vec<_>>());
+            }
+            if !output.status.success() {
+                anew += 1;
+                let why = String::from_utf8_lossy(&output.stderr);
+                assert!(why.contains("certified somebody already"), "{why}");
+                give_token(id);
+                let fresh = enrol(id, "20");
+                output = run(&fresh.iter().map(String::as_str).collect::<Vec<_>>());
+            }
+            assert!(output.status.success(), "{id}: {output:?}");
+            let told: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            let books = std::fs::read_to_string(scratch.file("ca/ca/state.toml")).expect("kept");
+            let serial = told["serial"].as_str().expect("certified");
+            assert!(books.contains(serial), "{id}: {serial} is in no book");
+        }
+    }
+    println!("of 12 enrolments {again} were tried again, {anew} with another token");
+}
+
 #[test]
 fn a_pinned_server_needs_its_own_root() {
     let scratch = Scratch::new();

@@ -131,6 +131,16 @@ fn congestion_marks_keep_a_short_path_free_of_loss() {
 }
 
 #[test]
+fn congestion_marks_do_not_empty_a_long_path() {
+    check("further/congestion-marks-long", |run| {
+        if run.result.link.marked_ce == 0 {
+            return Some("no marks".to_owned());
+        }
+        at_least("goodput", goodput_between(run, 5, 30), 0.75 * 0.945 * 5e6)
+    });
+}
+
+#[test]
 fn a_policer_is_not_fought() {
     check("further/policer", |run| {
         let loss = run.result.flows[0].loss;

@@ -22,11 +22,9 @@ const SALT_BYTES: usize = 4;
 pub fn attach(socket: &TcpStream) -> anyhow::Result<Result<(), String>> {
     match setsockopt(socket, sockopt::TcpUlp::default(), b"tls") {
         Ok(()) => Ok(Ok(())),
-        Err(Errno::ENOENT | Errno::ENOPROTOOPT) => Ok(Err(format!(
-            "this kernel has no TLS (TCP_ULP `tls`: no such protocol; it needs CONFIG_TLS, as a \
-             module `modprobe tls`); it has: {}",
-            std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_ulp")
-                .map_or_else(|_unreadable| "unknown".to_owned(), |text| text.trim().to_owned())
+        Err(error @ (Errno::ENOENT | Errno::ENOPROTOOPT)) => Ok(Err(format!(
+            "this kernel has no TLS: it needs CONFIG_TLS, as a module `modprobe tls` \
+             (setsockopt(TCP_ULP, tls): {error})"
         ))),
         Err(error) => Err(error).context("setsockopt(TCP_ULP, tls)"),
     }

@@ -345,7 +345,7 @@ fn handshakes(run: &Run<'_>) -> Goal {
     let aim = vec![ratio("≥ TLS over TCP", true, ours, 1.0, peer("tls"))];
     let show = |per_s| table::rate(super::workload::Unit::OpsPerS, per_s);
     let command = "cargo xtask compare --link veth --workloads handshakes";
-    let what = "full handshakes, server on one core, post-quantum for all";
+    let what = "full handshakes, server on one core, X25519MLKEM768";
     goal(what, ours.map(show), run.of("handshakes"), [must, aim], command)
 }
 

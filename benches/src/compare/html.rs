@@ -22,7 +22,7 @@ const COLOURS: [&str; 8] =
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;\
     padding:0 1rem}table{border-collapse:collapse;width:100%;font-size:14px}td,th{border-bottom:\
     1px solid #ccc;padding:.2rem .5rem;text-align:right}td:first-child,th:first-child,td:last-child{text-align:\
-    left}td{white-space:nowrap}td:last-child,.goals td{white-space:normal}svg{max-width:100%;height:auto}text{font:13px system-ui,sans-serif}.stoq{font-weight:600}\
+    left}td{white-space:nowrap}td:last-child,.goals td{white-space:normal}.goals th{text-align:left}svg{max-width:100%;height:auto}text{font:13px system-ui,sans-serif}.stoq{font-weight:600}\
     .goals td{text-align:left;vertical-align:top}.reached{color:#006b4e}.missed{color:#b04a00;font-weight:\
     600}.not-measured{color:#666}";
 
@@ -74,6 +74,14 @@ fn add(out: &mut String, text: std::fmt::Arguments<'_>) {
     let _infallible = out.write_fmt(text);
 }
 
+/// Text whose words between backticks are code.
+fn with_code(text: &str) -> String {
+    let parts = text.split('`').map(escape).enumerate();
+    parts
+        .map(|(at, part)| if at % 2 == 1 { format!("<code>{part}</code>") } else { part })
+        .collect()
+}
+
 /// What is to be reached, row by row.
 fn goals(out: &mut String, goals: &[Goal]) {
     out.push_str(
@@ -93,7 +101,7 @@ fn goals(out: &mut String, goals: &[Goal]) {
         };
         let note = goal
             .note()
-            .map_or_else(String::new, |note| format!("<br><small>{}</small>", escape(&note)));
+            .map_or_else(String::new, |note| format!("<br><small>{}</small>", with_code(&note)));
         add(
             out,
             format_args!(

@@ -80,7 +80,7 @@ pub struct Params {
     /// Rounds above the threshold that end Startup (Linux `full_ecn_cnt`).
     pub ecn_startup_rounds: u32,
     /// Largest `min_rtt` with a proportional response to CE; above it a mark
-    /// counts as a lost packet's congestion signal (v3 §3.7). `None`: no limit.
+    /// counts as a lost packet's congestion signal (v3 §3.7; Linux `bbr_ecn_max_rtt_us`). `None`: no limit.
     pub ecn_rtt_max: Option<Duration>,
 }
 
@@ -119,10 +119,10 @@ impl Params {
         ecn_factor_milli: 333,
         ecn_thresh_milli: 500,
         ecn_startup_rounds: 2,
-        ecn_rtt_max: None,
+        ecn_rtt_max: Some(Duration::from_millis(5)),
     };
 
-    /// BBRv3: draft-ietf-ccwg-bbr-06; ECN as in Linux v3.
+    /// BBRv3: draft-ietf-ccwg-bbr-06; ECN as in Linux.
     pub const BBR3: Self = Self {
         name: "bbr3",
         drain_rounds_max: Some(3),
@@ -132,7 +132,6 @@ impl Params {
         precautionary_probing: true,
         up_exits_on_plateau: true,
         too_high_on_ack: false,
-        ecn_rtt_max: Some(Duration::from_millis(5)),
         ..Self::BBR2
     };
 }
