@@ -66,11 +66,8 @@ fn send<D: Datapath>(datapath: &mut D, meta: &TxMeta, payload: &[u8]) {
     }
 }
 
-/// What looks like a packet of one connection: datapaths batch by the destination's ID.
 fn pattern(len: usize, seed: usize) -> Vec<u8> {
-    const HEADER: [u8; 9] = [0x40; 9];
-    let body = (HEADER.len()..len).map(|index| (index * 31 + seed * 7 + len) as u8);
-    HEADER.into_iter().take(len).chain(body).collect()
+    (0..len).map(|index| (index * 31 + seed * 7 + len) as u8).collect()
 }
 
 /// Every size from the smallest to the largest that `lo` carries, there and back.

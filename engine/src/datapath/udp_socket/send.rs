@@ -1,9 +1,7 @@
 //! Packing datagrams into messages, and what to do when the kernel refuses one.
 //!
-//! Consecutive datagrams with equal addressing, equal size (the last may be
-//! shorter) and one destination connection ID share one send slot and leave as one
-//! GSO message. The ID counts because a peer with several shards steers a message
-//! by its first packet: what else is in it would arrive at the wrong core. A batch goes
+//! Consecutive datagrams with equal addressing and equal size (the last may be
+//! shorter) share one send slot and leave as one GSO message. A batch goes
 //! through three states: open (may grow), sealed (its header is written), and,
 //! after the kernel refused it as a whole, plain (it leaves datagram by
 //! datagram, from an offset that survives back-pressure).
@@ -32,41 +30,9 @@ enum State {
     },
 }
 
-/// The bytes by which a peer steers a packet: of a long header the length of its destination
-/// connection ID and the ID's first eight bytes, of a short header the eight bytes at which the
-/// peer's ID begins. An ID shorter than that is followed by what header protection masks, so that
-/// such packets count as different, which costs a message and nothing else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Destination {
-    /// `None`: a short header.
-    cid_bytes: Option<u8>,
-    start: [u8; 8],
-}
-
-impl Destination {
-    /// Offset of the ID behind a short header's first byte, and behind a long header's length.
-    const SHORT_OFFSET_BYTES: usize = 1;
-    const LONG_OFFSET_BYTES: usize = 6;
-
-    /// `None`: too short to have one; such a datagram leaves alone.
-    fn of(datagram: &[u8]) -> Option<Self> {
-        if datagram.first()? & 0x80 == 0 {
-            let start = datagram.get(Self::SHORT_OFFSET_BYTES..)?.first_chunk()?;
-            return Some(Self { cid_bytes: None, start: *start });
-        }
-        let cid_bytes = *datagram.get(Self::LONG_OFFSET_BYTES - 1)?;
-        let cid = datagram.get(Self::LONG_OFFSET_BYTES..)?.get(..cid_bytes.into())?;
-        let mut start = [0; 8];
-        start.iter_mut().zip(cid).for_each(|(to, from)| *to = *from);
-        Some(Self { cid_bytes: Some(cid_bytes), start })
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 struct Batch {
     meta: TxMeta,
-    /// Of the first datagram.
-    destination: Option<Destination>,
     segment_bytes: usize,
     segments: usize,
     bytes: usize,
@@ -129,7 +95,6 @@ impl Batcher {
         let remote = SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0);
         let empty = Batch {
             meta: TxMeta { remote, local: None, ecn: Ecn::NotEct },
-            destination: None,
             segment_bytes: 0,
             segments: 0,
             bytes: 0,
@@ -159,8 +124,7 @@ impl Batcher {
             && payload.len() <= batch.segment_bytes
             && batch.bytes == batch.segments * batch.segment_bytes
             && batch.bytes + payload.len() <= GSO_BYTES_MAX
-            && batch.meta == *meta
-            && batch.destination.is_some_and(|to| Destination::of(payload) == Some(to));
+            && batch.meta == *meta;
         if fits {
             slots.append(slot, payload);
             batch.bytes += payload.len();
@@ -181,7 +145,6 @@ impl Batcher {
         slots.append(slot, payload);
         self.batches[slot] = Batch {
             meta: *meta,
-            destination: Destination::of(payload),
             segment_bytes: payload.len(),
             segments: 1,
             bytes: payload.len(),
@@ -200,12 +163,10 @@ impl Batcher {
         buffer: &mut Vec<u8>,
     ) {
         let bytes = buffer.len();
-        let destination = Destination::of(buffer);
         slots.swap(slot, buffer);
         let segments = bytes.div_ceil(segment_bytes);
-        let state = State::Open;
         self.batches[slot] =
-            Batch { meta: *meta, destination, segment_bytes, segments, bytes, state };
+            Batch { meta: *meta, segment_bytes, segments, bytes, state: State::Open };
     }
 
     /// How many datagrams of `segment_bytes` one message may hold, 1 without the offload.
@@ -342,51 +303,13 @@ mod tests {
     #[test]
     fn equal_datagrams_share_a_batch_and_a_shorter_one_ends_it() {
         let (mut slots, mut batcher) = open(&[1; 100], true);
-        assert!(batcher.try_append(&mut slots, 0, &meta(1), &[1; 100]));
-        assert!(!batcher.try_append(&mut slots, 0, &meta(1), &[1; 101]), "longer");
-        assert!(!batcher.try_append(&mut slots, 0, &meta(2), &[1; 100]), "another peer");
+        assert!(batcher.try_append(&mut slots, 0, &meta(1), &[2; 100]));
+        assert!(!batcher.try_append(&mut slots, 0, &meta(1), &[2; 101]), "longer");
+        assert!(!batcher.try_append(&mut slots, 0, &meta(2), &[2; 100]), "another peer");
         assert!(!batcher.try_append(&mut slots, 0, &meta(1), &[]), "empty");
-        assert!(batcher.try_append(&mut slots, 0, &meta(1), &[1; 99]));
-        assert!(!batcher.try_append(&mut slots, 0, &meta(1), &[1; 99]), "after the short one");
+        assert!(batcher.try_append(&mut slots, 0, &meta(1), &[3; 99]));
+        assert!(!batcher.try_append(&mut slots, 0, &meta(1), &[3; 99]), "after the short one");
         assert_eq!(batcher.batches[0].bytes, 299);
-    }
-
-    #[test]
-    fn a_message_has_one_destination() {
-        // Short headers of 40 bytes: the ID begins behind the first byte, the rest differs.
-        let short = |id: [u8; 8], rest: u8| {
-            let mut packet = [rest; 40];
-            packet[0] = 0x40 | rest & 0x3f;
-            packet[1..9].copy_from_slice(&id);
-            packet
-        };
-        let long = |id: &[u8], rest: u8| {
-            let mut packet = [rest; 40];
-            packet[..6].copy_from_slice(&[0xc0 | rest & 0x3f, 0, 0, 0, 1, id.len() as u8]);
-            packet[6..6 + id.len()].copy_from_slice(id);
-            packet
-        };
-        let joins = |first: &[u8], next: &[u8]| {
-            let (mut slots, mut batcher) = open(first, true);
-            batcher.try_append(&mut slots, 0, &meta(1), next)
-        };
-        assert!(joins(&short([7; 8], 1), &short([7; 8], 2)), "one connection");
-        assert!(!joins(&short([7; 8], 1), &short([8; 8], 1)), "two connections of one peer");
-        assert!(joins(&long(&[7; 20], 1), &long(&[7; 20], 2)));
-        assert!(joins(&long(&[7; 3], 1), &long(&[7; 3], 2)), "a short ID, and what is behind it");
-        assert!(!joins(&long(&[7; 3], 1), &long(&[7; 4], 2)));
-        assert!(!joins(&long(&[7; 8], 1), &long(&[8; 8], 1)));
-        assert!(!joins(&short([7; 8], 1), &long(&[7; 8], 1)), "a reset, say, and an Initial");
-        let cut = [0xc0, 0, 0, 0, 1, 20, 7, 7, 7];
-        assert!(!joins(&cut, &cut), "an ID cut short");
-        assert!(!joins(&[0x40; 8], &[0x40; 8]), "no room for an ID");
-        // What one connection has built is one batch; another's single packet does not join it.
-        let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
-        let mut built = Vec::with_capacity(1 << 16);
-        built.extend([short([7; 8], 1), short([7; 8], 2)].concat());
-        batcher.begin_with(&mut slots, 0, &meta(1), 40, &mut built);
-        assert!(!batcher.try_append(&mut slots, 0, &meta(1), &short([8; 8], 3)));
-        assert!(batcher.try_append(&mut slots, 0, &meta(1), &short([7; 8], 3)));
     }
 
     #[test]
@@ -440,22 +363,14 @@ mod tests {
         UdpSocket::open(&SocketConfig::new(local)).expect("::1 can be bound")
     }
 
-    /// A packet of one connection that can be told from its others.
-    fn marked(bytes: usize, mark: u8) -> Vec<u8> {
-        let mut packet = vec![0x42; bytes];
-        packet[9..].fill(mark);
-        packet
-    }
-
     #[test]
     fn a_refused_batch_leaves_singly_and_the_refusal_is_remembered() {
         let (near, far) = (loopback(), loopback());
         let to = TxMeta { remote: far.local(), local: None, ecn: Ecn::Ce };
         let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
-        let packets = [marked(100, 1), marked(100, 2), marked(40, 3)];
-        batcher.begin(&mut slots, 0, &to, &packets[0]);
-        assert!(batcher.try_append(&mut slots, 0, &to, &packets[1]));
-        assert!(batcher.try_append(&mut slots, 0, &to, &packets[2]));
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
+        assert!(batcher.try_append(&mut slots, 0, &to, &[3; 40]));
         batcher.seal(&mut slots, 0);
         let mut counters = DatapathCounters::default();
         let error = io::Error::from_raw_os_error(libc::EIO);
@@ -464,7 +379,7 @@ mod tests {
         assert!(!batcher.gso(), "remembered");
         let mut received = ReceiveArray::new(8, 65_536);
         assert_eq!(received.receive(far.as_fd()).expect("three datagrams"), 3);
-        for (index, expected) in packets.iter().enumerate() {
+        for (index, expected) in [&[1_u8; 100][..], &[2; 100], &[3; 40]].iter().enumerate() {
             assert_eq!(received.message(index).payload, *expected);
         }
         assert_eq!(counters.tx_drop_io, 0);
@@ -475,8 +390,8 @@ mod tests {
         let (near, far) = (loopback(), loopback());
         let to = TxMeta { remote: far.local(), local: None, ecn: Ecn::Ce };
         let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
-        batcher.begin(&mut slots, 0, &to, &marked(100, 1));
-        assert!(batcher.try_append(&mut slots, 0, &to, &marked(100, 2)));
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
         batcher.seal(&mut slots, 0);
         let error = io::Error::from_raw_os_error(libc::ENOBUFS);
         let mut counters = DatapathCounters::default();
@@ -491,8 +406,8 @@ mod tests {
         let (mut slots, mut batcher) = (SendSlots::new(1), Batcher::new(1, true));
         let foreign = Some("2001:db8::1".parse().expect("address"));
         let to = TxMeta { remote: near.local(), local: foreign, ecn: Ecn::Ect0 };
-        batcher.begin(&mut slots, 0, &to, &marked(100, 1));
-        assert!(batcher.try_append(&mut slots, 0, &to, &marked(100, 2)));
+        batcher.begin(&mut slots, 0, &to, &[1; 100]);
+        assert!(batcher.try_append(&mut slots, 0, &to, &[2; 100]));
         batcher.seal(&mut slots, 0);
         let error = slots.send(near.as_fd(), 0..1).expect_err("the source is not ours");
         let mut counters = DatapathCounters::default();
