@@ -18,7 +18,7 @@ use bytes::Bytes;
 use clap::{Parser, ValueEnum};
 use stoq::app::{ConnId, ReadOutcome, ShardApp, ShardCx};
 use stoq::clock::SimClock;
-use stoq::config::TransportConfig;
+use stoq::config::{CongestionControl, TransportConfig};
 use stoq::datapath::sim::{EndpointId, LinkConfig, Prefix, SimNetwork, SimNode, run_while};
 use stoq::sim::{SimHost, SimHostConfig};
 use stoq::{Dir, StreamId};
@@ -53,6 +53,9 @@ enum Scenario {
 #[derive(Parser)]
 struct Cli {
     scenario: Scenario,
+    /// Congestion control of both ends; the baselines are the default's.
+    #[arg(long, default_value = "bbr2")]
+    cc: CongestionControl,
 }
 
 /// What the applications count.
@@ -200,7 +203,7 @@ struct World {
 }
 
 impl World {
-    fn new() -> anyhow::Result<Self> {
+    fn new(cc: CongestionControl) -> anyhow::Result<Self> {
         let clock = SimClock::new();
         let network = SimNetwork::new(clock.clone(), 1);
         let link = LinkConfig { rate_bps: 10_000_000_000, delay_us: 50, ..LinkConfig::default() };
@@ -217,6 +220,7 @@ impl World {
         let counts = Arc::new(Counts::default());
         let config = TransportConfig {
             mtu_upper_bound_bytes: UDP_PAYLOAD_BYTES as u16,
+            congestion_control: cc,
             ..TransportConfig::default()
         };
         let setup =
@@ -268,8 +272,8 @@ impl World {
 }
 
 fn main() -> anyhow::Result<()> {
-    let scenario = Cli::parse().scenario;
-    let mut world = World::new()?;
+    let Cli { scenario, cc } = Cli::parse();
+    let mut world = World::new(cc)?;
     if scenario == Scenario::Handshake {
         world.measure_client.set(true);
         world.measure_server.set(true);

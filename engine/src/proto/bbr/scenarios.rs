@@ -291,26 +291,19 @@ fn s16_forty_gigabit() {
     }
 }
 
+/// Bbr3, and 2 % and 5 % of loss, have no floor in the specification: `sim_scenarios_quic` runs them.
 #[test]
 fn s17_random_loss() {
-    for (ppm, floor) in [(1000, 95), (10_000, 70), (20_000, 0), (50_000, 0)] {
-        for params in BOTH {
-            let mut link = link(1000, 25_000, 50_000);
-            link.loss_ppm = ppm;
-            let mut sim = Sim::single(link, params, PACKET, 1 << 40, 1);
-            sim.run(2 * S);
-            let before = sim.flows[0].delivered;
-            sim.run(22 * S);
-            let percent = (sim.flows[0].delivered - before) * 8 / 20 * 1500 / PACKET / (10 * MBIT);
-            println!(
-                "{} s17: loss {} %: {percent} % of the link",
-                params.name,
-                ppm as f64 / 10_000.0
-            );
-            if params == Params::BBR2 {
-                assert!(percent >= floor, "{} ppm: {percent} %", ppm);
-            }
-        }
+    for (ppm, floor) in [(1000, 95), (10_000, 70)] {
+        let mut link = link(1000, 25_000, 50_000);
+        link.loss_ppm = ppm;
+        let mut sim = Sim::single(link, Params::BBR2, PACKET, 1 << 40, 1);
+        sim.run(2 * S);
+        let before = sim.flows[0].delivered;
+        sim.run(12 * S);
+        let percent = (sim.flows[0].delivered - before) * 8 / 10 * 1500 / PACKET / (10 * MBIT);
+        println!("bbr2 s17: loss {} %: {percent} % of the link", ppm as f64 / 10_000.0);
+        assert!(percent >= floor, "{ppm} ppm: {percent} %");
     }
 }
 
