@@ -10,6 +10,9 @@
 #   cargo build --release -p stoq-bench
 #   scripts/measure-congestion.sh [ROUNDS [SECONDS]]
 #
+# A virtual machine gives a core back late that has slept, which costs every sender of bursts some of a
+# shaped rate: for the second part loops at idle priority keep both cores awake (AWAKE=0: they sleep).
+#
 # Needs root and two free cores; deletes its namespaces at the end. Environment: BIN (directory of the
 # binary), RATE_MBIT (of the bucket), CC (what is measured, default bbr2), CORES (server's and client's).
 set -euo pipefail
@@ -24,9 +27,11 @@ near=stoq-cc-near-$$
 far=stoq-cc-far-$$
 work=$(mktemp -d)
 server=
+loops=()
 
 end() {
     [ -z "$server" ] || kill "$server" 2>/dev/null || true
+    [ ${#loops[@]} = 0 ] || kill "${loops[@]}" 2>/dev/null || true
     ip netns del "$near" 2>/dev/null || true
     ip netns del "$far" 2>/dev/null || true
     rm -rf "$work"
@@ -113,6 +118,12 @@ paste -d' ' <(grep "^$cc " "$work/readings" | cut -d' ' -f2) \
 
 # --- shaped -----------------------------------------------------------------------------------
 
+if [ "${AWAKE:-1}" = 1 ]; then
+    for core in "${cores[@]}"; do
+        taskset -c "$core" chrt --idle 0 sh -c 'while :; do :; done' &
+        loops+=($!)
+    done
+fi
 tc -n "$near" qdisc add dev veth0 root tbf rate "${rate_mbit}mbit" burst 64kb limit 4000000
 
 # shaper FIELD: bytes that the bucket has sent, or that wait in it
@@ -142,7 +153,7 @@ sort -n "$work/backlog" |
         -v lost="$(number packets_lost <<<"$result")" -v quic="$(number rtt_us_p50 <<<"$result")" '
         { v[NR] = $1 }
         END {
-            printf "tbf %d Mbit/s: %.1f %% of the rate passed, %s packets lost, RTT %s µs with data, %s without\n",
+            printf "tbf %d Mbit/s: %.1f %% of the rate passed, %s packets lost, RTT %d µs with data, %d without\n",
                 rate, 100 * passed * 8e9 / ns / (rate * 1e6), lost, quic, rtt
             printf "bytes waiting: p10 %d, p50 %d, p90 %d; the path without its queue holds %d (BDP)\n",
                 v[int(NR * 0.1) + 1], v[int(NR * 0.5) + 1], v[int(NR * 0.9)], rate * rtt / 8

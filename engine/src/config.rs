@@ -20,7 +20,7 @@ use serde::Deserialize;
 
 use crate::datapath::choice::DatapathChoice;
 use crate::metrics::ShardMetrics;
-use crate::proto::bbr::{BbrConfig, Params, ResumeSeed};
+use crate::proto::bbr::{AckHold, BbrConfig, Params, ResumeSeed};
 use crate::proto::congestion::GatedFactory;
 use crate::proto::credit::streams_allowed_initial;
 
@@ -110,8 +110,13 @@ pub const SEAL_JOBS_IN_FLIGHT_MAX: usize = 64;
 pub const SEAL_JOB_TIMEOUT_US: u64 = 100_000;
 /// How often a shard asks for sealed batches while some are under way, µs.
 pub const SEAL_POLL_INTERVAL_US: u64 = 5;
-/// A pacing deadline nearer than this is waited for by spinning: parking wakes up too late.
+/// A deadline nearer than this is waited for by spinning: parking wakes up too late.
 pub const SPIN_UNTIL_DEADLINE_US: u64 = 60;
+/// The same for a pacing deadline, at most, where wake-ups turn out to be late (virtual machines
+/// whose cores are halted while they sleep), µs. A quantum is a millisecond long at most.
+pub const SPIN_UNTIL_PACED_US_MAX: u64 = 1000;
+/// A connection with a longer round trip than this makes up for a late wake-up by itself, µs.
+pub const SPIN_PACED_RTT_US_MAX: u64 = 2000;
 
 /// Longest age that `connection_age_ms_max` takes, ms.
 const YEAR_MS: u64 = 365 * 24 * 60 * 60 * 1000;
@@ -152,11 +157,13 @@ impl CongestionControl {
         initial_window_bytes: u64,
         seed: u64,
         resume: Option<ResumeSeed>,
+        ack_hold: AckHold,
     ) -> Arc<dyn ControllerFactory + Send + Sync> {
         let bbr = |params| {
             let mut config = BbrConfig::new(params, seed);
             config.initial_window_bytes = Some(initial_window_bytes);
             config.resume = resume;
+            config.ack_hold = ack_hold;
             Arc::new(config)
         };
         match self {
@@ -173,6 +180,18 @@ impl CongestionControl {
                 Arc::new(config)
             }
         }
+    }
+}
+
+/// What the peer is asked to hold ACKs back for.
+fn ack_hold(ack_frequency: bool) -> AckHold {
+    if !ack_frequency {
+        return AckHold::default();
+    }
+    AckHold {
+        // The one after the threshold sends the ACK.
+        packets: u64::from(ACK_ELICITING_THRESHOLD) + 1,
+        time_ns: ACK_DELAY_MAX.as_nanos() as u64,
     }
 }
 
@@ -666,7 +685,12 @@ impl TransportConfig {
             // The shard polls whole batches, over every datapath.
             .enable_segmentation_offload(true)
             .congestion_controller_factory(Arc::new(GatedFactory {
-                inner: self.congestion_control.factory(initial_window, seed, self.resume),
+                inner: self.congestion_control.factory(
+                    initial_window,
+                    seed,
+                    self.resume,
+                    ack_hold(self.ack_frequency),
+                ),
                 metrics,
             }));
         quic

@@ -6,6 +6,7 @@ mod shutdown;
 use std::any::Any;
 use std::collections::VecDeque;
 use std::net::SocketAddrV6;
+use std::num::NonZeroU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -411,6 +412,10 @@ impl Starter {
                     && !core_affinity::set_for_current(core)
                 {
                     tracing::warn!(shard, core = core.id, "could not pin the shard's thread");
+                }
+                // Sleeps would end up to 50 µs late, so that the kernel may end several at once.
+                if let Err(error) = rustix::thread::set_current_timer_slack(NonZeroU64::new(1)) {
+                    tracing::warn!(shard, %error, "timers of the shard's thread stay imprecise");
                 }
                 let proto = Protocol::new(setup, std::time::Instant::now());
                 let mailbox = siblings.mailboxes[shard].clone();

@@ -141,6 +141,18 @@ fn congestion_marks_do_not_empty_a_long_path() {
 }
 
 #[test]
+fn a_gigabit_lan_is_full_although_acks_are_held_back() {
+    check("further/gigabit-lan", |run| {
+        // A few quanta of the eight that the queue holds: no standing queue.
+        let queue_bytes = run.result.link.queue_bytes_max;
+        if queue_bytes > 3 * 65_536 {
+            return Some(format!("{queue_bytes} bytes waited"));
+        }
+        at_least("goodput", goodput_between(run, 1, 12), 0.985 * 0.945 * 1e9)
+    });
+}
+
+#[test]
 fn a_policer_is_not_fought() {
     check("further/policer", |run| {
         let loss = run.result.flows[0].loss;

@@ -37,8 +37,8 @@ use crate::app::{ConnId, Incoming, ShardApp, ShardCx};
 use crate::clock::Clock;
 use crate::config::{
     APP_TIMERS_PER_TURN_MAX, CLOSES_PER_TURN_MAX, MAILBOX_COMMANDS_PER_TURN_MAX,
-    POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, TX_PACKETS_PER_VISIT_MAX,
-    TX_VISITS_PER_TURN_MAX,
+    POOL_CONNECTS_PER_TURN_MAX, RX_BATCH_DATAGRAMS_MAX, RX_SLAB_BYTES, SPIN_UNTIL_PACED_US_MAX,
+    TX_PACKETS_PER_VISIT_MAX, TX_VISITS_PER_TURN_MAX,
 };
 use crate::datapath::{Datapath, DatapathEvent, RxBatch, RxDatagram, TxVerdict};
 use crate::error::ConnectionError;
@@ -58,6 +58,9 @@ pub struct Turn {
     pub more: bool,
     /// When the shard must turn again if nothing arrives before.
     pub deadline: Option<Instant>,
+    /// Round trip of a connection that has data and waits for its pacer, which lets it go within
+    /// [`SPIN_UNTIL_PACED_US_MAX`].
+    pub paced_rtt: Option<Duration>,
     /// The shard has ended: everything is closed and flushed.
     pub ended: bool,
 }
@@ -101,6 +104,8 @@ pub struct Shard<D: Datapath, C: Clock> {
     sealing: Option<sealing::Sealing>,
     /// Distinct per batch: congestion control tells packets apart by it.
     stamp: Instant,
+    /// Until when the pacer holds back a connection, and its round trip; may lie in the past.
+    paced: Option<(Instant, Duration)>,
     overdue: Vec<ConnId>,
     ending: Option<Ending>,
     failed: Option<String>,
@@ -145,6 +150,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             batch: Vec::with_capacity(usize::from(u16::MAX) + 1),
             sealing: None,
             stamp: now,
+            paced: None,
             overdue: Vec::new(),
             ending: None,
             failed: None,
@@ -480,6 +486,11 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                     .min(self.datapath.batch_datagrams_max(conn.inner.current_mtu().into())),
                 Gate::Window | Gate::Paced(_) => 1,
             };
+            if let Gate::Paced(until) = gate
+                && until < now + Duration::from_micros(SPIN_UNTIL_PACED_US_MAX)
+            {
+                self.paced = Some((until, conn.inner.rtt()));
+            }
             let mut polled = sealing::poll(&mut self.sealing, || {
                 conn.inner.poll_transmit(self.stamp, packets, &mut self.batch)
             });
@@ -571,6 +582,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 || (!worked && self.handles.has_unpublished())
                 || self.ending.as_ref().is_some_and(|ending| !ending.to_close.is_empty()),
             deadline,
+            paced_rtt: self.paced.filter(|(until, _)| *until > now).map(|(_, rtt)| rtt),
             ended: self.has_ended(now),
         }
     }

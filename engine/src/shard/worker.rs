@@ -1,7 +1,7 @@
 //! The thread of a shard: pinned, turning, spinning a while, then asleep.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Shard;
 use super::panics::panic_text;
@@ -42,32 +42,36 @@ fn run_until_end<D: Datapath, C: Clock>(
             spinner.handle_work();
             continue;
         }
-        if spinner.handle_idle(|| shard.clock().now(), turn.deadline) {
+        if spinner.handle_idle(|| shard.clock().now(), turn.deadline, turn.paced_rtt) {
             std::hint::spin_loop();
             continue;
         }
-        if let Err(error) = park(shard, turn.deadline) {
-            tracing::error!(%error, "shard stops: it cannot wait for its descriptors");
-            break ConnectionError::DatapathFailed(format!(
-                "waiting for its descriptors: {error}; start the engine again"
-            ));
+        match park(shard, turn.deadline) {
+            Ok(late) => spinner.handle_sleep(late),
+            Err(error) => {
+                tracing::error!(%error, "shard stops: it cannot wait for its descriptors");
+                break ConnectionError::DatapathFailed(format!(
+                    "waiting for its descriptors: {error}; start the engine again"
+                ));
+            }
         }
-        spinner.handle_sleep();
     }
 }
 
+/// Sleeps until something happens or `deadline`; returns how late that was, if it was the deadline.
 fn park<D: Datapath, C: Clock>(
     shard: &mut Shard<D, C>,
     deadline: Option<Instant>,
-) -> std::io::Result<()> {
+) -> std::io::Result<Option<Duration>> {
     let mailbox = shard.mailbox().clone();
     if !mailbox.prepare_to_park() {
-        return Ok(());
+        return Ok(None);
     }
     shard.count_park();
     let now = shard.clock().now();
     let timeout = deadline.map(|deadline| deadline.saturating_duration_since(now));
     let result = shard.datapath().wait(mailbox.wake_fd(), timeout);
     mailbox.unpark();
-    result
+    result?;
+    Ok(deadline.and_then(|at| shard.clock().now().checked_duration_since(at.max(now))))
 }

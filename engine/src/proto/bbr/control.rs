@@ -20,18 +20,28 @@ const QUANTUM_PACKETS_MIN: u64 = 2;
 /// Round trip assumed for the very first pacing rate.
 const INITIAL_RTT_NS: u64 = 1_000_000;
 
+/// The aggregation estimate looks back so long at least: ten rounds of 50 µs forget a
+/// receiver that was away for a millisecond before it is away again.
+const EXTRA_ACKED_ROUND_NS_MIN: u64 = 1_000_000;
+
 /// Data acknowledged beyond what the bandwidth explains (§2.12).
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct ExtraAcked {
     filter: WindowedMax,
     pub(super) interval_start_ns: u64,
     delivered: u64,
+    /// Rounds that lasted [`EXTRA_ACKED_ROUND_NS_MIN`], or what several lasted together.
+    rounds: u64,
+    round_start_ns: u64,
 }
 
 impl Bbr {
-    /// `MinPipeCwnd`, bytes.
+    /// `MinPipeCwnd`, bytes: four packets, and what the path delivers while the receiver may hold
+    /// an ACK back. On a path of 1 Gbit/s and 50 µs four packets wait for the receiver's timer: a
+    /// ProbeRTT would send at a twentieth of the rate and measure the timer.
     pub(super) fn min_pipe_cwnd(&self) -> u64 {
-        self.params.min_pipe_cwnd_packets * self.smss
+        let held = volume(self.bw, self.ack_hold.time_ns).min(self.ack_hold.packets * self.smss);
+        self.params.min_pipe_cwnd_packets * self.smss + held
     }
 
     fn pacing_gain_milli(&self) -> u32 {
@@ -68,7 +78,13 @@ impl Bbr {
         } else {
             self.params.extra_acked_rounds_startup
         };
-        extra.filter.update(sample, self.rounds.count, window);
+        if self.rounds.start
+            && now_ns.saturating_sub(extra.round_start_ns) >= EXTRA_ACKED_ROUND_NS_MIN
+        {
+            extra.rounds += 1;
+            extra.round_start_ns = now_ns;
+        }
+        extra.filter.update(sample, extra.rounds, window);
     }
 
     /// The aggregation estimate, bytes.

@@ -88,6 +88,8 @@ pub struct BbrConfig {
     pub packets_in_flight_max: usize,
     /// What is remembered of the path, for careful resume (RFC 9959).
     pub resume: Option<ResumeSeed>,
+    /// How long the receiver may hold an ACK back.
+    pub ack_hold: AckHold,
     /// Seeds the random wait between bandwidth probes: give each shard its own,
     /// from the injected generator. Controllers of one factory differ.
     pub seed: u64,
@@ -103,6 +105,7 @@ impl BbrConfig {
             initial_window_bytes: None,
             packets_in_flight_max: 1 << 18,
             resume: None,
+            ack_hold: AckHold::default(),
             seed,
             built: AtomicU64::new(0),
         }
@@ -115,6 +118,17 @@ impl BbrConfig {
         let nth = self.built.fetch_add(1, Ordering::Relaxed);
         Bbr::new(self, now, mtu_bytes, SplitMix(self.seed).below(u64::MAX) ^ (nth << 1 | 1))
     }
+}
+
+/// What the receiver was asked to hold an ACK back for (draft-ietf-quic-ack-frequency §4): a
+/// window of less would wait for its timer. The default asks for nothing: `MinPipeCwnd` has room
+/// for an ACK of every other packet (RFC 9000 §13.2.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AckHold {
+    /// Packets that it may have received, at most.
+    pub packets: u64,
+    /// Time that it may wait, at most, nanoseconds.
+    pub time_ns: u64,
 }
 
 impl Default for BbrConfig {
@@ -150,6 +164,7 @@ struct Limited {
 pub struct Bbr {
     params: Params,
     initial_window: u64,
+    ack_hold: AckHold,
     /// `C.SMSS`: the largest QUIC packet, bytes.
     smss: u64,
     epoch: Instant,
@@ -201,6 +216,7 @@ impl Bbr {
         let mut bbr = Self {
             params: config.params,
             initial_window,
+            ack_hold: config.ack_hold,
             smss,
             epoch: now,
             clock: (now, now_ns),

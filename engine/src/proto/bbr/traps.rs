@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::scenarios::{BOTH, MIB, PACKET, Q_BDP, link, near, topology_q};
 use super::testlink::{MBIT, MS, S, Sim};
-use super::{Bbr, BbrConfig, Params, State};
+use super::{AckHold, Bbr, BbrConfig, Params, RateSample, State};
 
 const MTU: u16 = 1200;
 const SMSS: u64 = 1200;
@@ -304,5 +304,56 @@ fn careful_resume_retreats_from_a_path_that_has_changed() {
         // Another path altogether: the round trip gives it away, nothing is risked.
         assert_eq!(time(Some(seed(200, 500))).0, cold);
         assert_eq!(time(Some(seed(200, 1))).0, cold);
+    }
+}
+
+#[test]
+fn the_smallest_window_outlasts_an_ack_that_is_held_back() {
+    for params in BOTH {
+        let mut config = BbrConfig::new(params, 1);
+        config.ack_hold = AckHold { packets: 11, time_ns: MS };
+        let mut bbr = config.build_bbr(Instant::now(), MTU);
+        bbr.full.reached = true;
+        bbr.min_rtt.min_rtt_ns = 50_000;
+        // ProbeRTT of a gigabit path of 50 µs: the ACK comes after eleven packets, not after 1 ms.
+        bbr.bw = 125_000_000;
+        assert_eq!(bbr.probe_rtt_cwnd(), (4 + 11) * SMSS, "{}", params.name);
+        // What a slow path delivers in that time is less than a packet.
+        bbr.bw = 125_000;
+        assert_eq!(bbr.probe_rtt_cwnd(), 4 * SMSS + 125, "{}", params.name);
+        // A receiver that was asked for nothing holds no more than one packet back.
+        let (mut plain, _) = fresh(params);
+        plain.bw = 125_000_000;
+        assert_eq!(plain.min_pipe_cwnd(), 4 * SMSS);
+    }
+}
+
+#[test]
+fn aggregation_is_remembered_for_ten_milliseconds_on_a_short_path() {
+    for params in BOTH {
+        let (mut bbr, _) = fresh(params);
+        bbr.full.reached = true;
+        bbr.bw = 125_000_000;
+        bbr.cwnd = 1_000_000;
+        let ack = |bbr: &mut Bbr, now_ns, newly_acked| {
+            bbr.rounds.start = true;
+            bbr.rounds.count += 1;
+            let rs = RateSample { newly_acked, has_data: true, ..RateSample::default() };
+            bbr.update_ack_aggregation(now_ns, &rs);
+        };
+        // The receiver was away: 100 kB are acknowledged at once, then nothing for as long as
+        // the path needs for them, then a round every 50 µs.
+        ack(&mut bbr, 20 * MS, 100_000);
+        assert_eq!(bbr.extra_acked(), 100_000);
+        let mut now_us = 1_000;
+        let mut rounds = |until_us| {
+            while now_us < until_us {
+                ack(&mut bbr, 20 * MS + now_us * 1000, 6_250);
+                now_us += 50;
+            }
+            bbr.extra_acked()
+        };
+        assert!(rounds(9_000) >= 90_000, "forgotten after 9 ms");
+        assert!(rounds(21_000) < 20_000, "kept for 21 ms");
     }
 }
