@@ -190,7 +190,7 @@ fn duplicates_flipped_bits_and_reordering_are_survived() {
 }
 
 #[test]
-fn flipped_bits_are_lost_and_late_packets_are_not() {
+fn flipped_bits_and_a_smaller_mtu_lose_packets_and_late_ones_are_not_lost() {
     let run = |what: &str| {
         let text = format!(
             "name = \"damage\"\ntime_limit_ms = 5_000\n[link]\nrate_bps = 20_000_000\n\
@@ -204,6 +204,8 @@ fn flipped_bits_are_lost_and_late_packets_are_not() {
     assert!(lost >= 40 && spurious == 0, "{lost} lost, {spurious} of them in vain");
     let (lost, spurious) = run("reorder = 0.01\nreorder_us = 5_000");
     assert!(lost >= 40 && spurious + 5 >= lost, "{lost} lost, {spurious} of them in vain");
+    let (lost, spurious) = run("mtu = 1500\n[[link.step]]\nat_ms = 2_000\nmtu = 1300");
+    assert!(lost >= 40 && spurious == 0, "{lost} lost, {spurious} of them in vain");
 }
 
 #[test]

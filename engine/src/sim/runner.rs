@@ -140,7 +140,7 @@ pub(super) fn server_ip(flow: usize) -> Ipv6Addr {
 }
 
 pub(super) type Tls = (Arc<QuicServerConfig>, Arc<QuicClientConfig>);
-/// Packets of each sender that the network dropped or damaged, MTU probes too large for it apart.
+/// Packets of each sender that the network dropped or damaged, MTU probes included.
 type Drops = Rc<RefCell<HashMap<SocketAddrV6, u64>>>;
 
 fn count_drops(network: &SimNetwork) -> Drops {
@@ -149,7 +149,7 @@ fn count_drops(network: &SimNetwork) -> Drops {
     network.set_tap(Some(Box::new(move |event| {
         // A flipped bit fails authentication: such a packet is lost, wherever it ends.
         let damaged = event.corrupted && event.fate == Fate::Delivered;
-        if damaged || !matches!(event.fate, Fate::Sent | Fate::Delivered | Fate::DroppedMtu) {
+        if damaged || !matches!(event.fate, Fate::Sent | Fate::Delivered) {
             *counted.borrow_mut().entry(event.from).or_default() += 1;
         }
     })));
@@ -373,8 +373,11 @@ impl SenderNode {
             packets_sent: stats.packets_sent,
             packets_lost: stats.packets_lost,
             loss: FlowResult::loss(stats.packets_lost, stats.packets_sent),
-            // The network knows what it dropped; the rest of what was declared lost had arrived.
-            spurious_losses: stats.packets_lost.saturating_sub(dropped),
+            // The network knows what it dropped; the rest of what was declared lost had arrived. A lost
+            // probe of the path's MTU is none of the packets lost.
+            spurious_losses: stats
+                .packets_lost
+                .saturating_sub(dropped.saturating_sub(stats.mtu_probes_lost)),
             srtt_us_p50: percentile(50),
             srtt_us_p99: percentile(99),
             min_rtt_us: stats.min_rtt.as_micros() as u64,
