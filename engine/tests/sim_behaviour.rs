@@ -209,6 +209,51 @@ fn flipped_bits_and_a_smaller_mtu_lose_packets_and_late_ones_are_not_lost() {
 }
 
 #[test]
+fn a_path_whose_mtu_shrinks_is_filled_again() {
+    check("further/smaller-mtu", |run| {
+        let before = at_least("goodput before", goodput_between(run, 2, 6), 0.90 * 0.945 * 20e6);
+        before
+            .or_else(|| at_least("goodput after", goodput_between(run, 10, 20), 0.90 * 0.93 * 20e6))
+    });
+}
+
+#[test]
+fn aggregation_jitter_and_loss_together_do_not_starve() {
+    check("further/wireless", |run| {
+        at_least("goodput", goodput_between(run, 2, 20), 0.90 * 0.945 * 60e6)
+    });
+}
+
+#[test]
+fn random_loss_beside_congestion_marks_costs_little() {
+    check("further/marks-and-loss", |run| {
+        if run.result.link.marked_ce == 0 {
+            return Some("no marks".to_owned());
+        }
+        at_least("goodput", goodput_between(run, 1, 5), 0.85 * 0.945 * 500e6)
+    });
+}
+
+#[test]
+fn nobody_starves_beside_bbr_and_bbr_beside_nobody() {
+    for version in BOTH {
+        let mut scenario = scenario("further/beside-cubic-and-newreno", version);
+        let rest = [CongestionControlName::Cubic, CongestionControlName::NewReno];
+        for (flow, cc) in scenario.flows[2..].iter_mut().zip(rest) {
+            flow.cc = cc;
+        }
+        for seed in 1..=3 {
+            let run = run_scenario(&scenario, seed).expect("it runs");
+            let rates: Vec<_> = run.result.flows.iter().map(|flow| flow.goodput_bps).collect();
+            let total: u64 = rates.iter().sum();
+            let what = format!("{} seed {seed}: {rates:?}", version.name());
+            assert!(total as f64 >= 0.95 * 0.945 * 50e6, "the link is full, {what}");
+            assert!(rates.iter().all(|rate| rate * 10 >= total), "a tenth for each, {what}");
+        }
+    }
+}
+
+#[test]
 fn round_trips_of_ten_seconds_work() {
     check("further/ten-seconds", |run| {
         // 200 MB take 85 s of the link, doubling up to it 130 s.
