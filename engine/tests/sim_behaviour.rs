@@ -190,6 +190,23 @@ fn duplicates_flipped_bits_and_reordering_are_survived() {
 }
 
 #[test]
+fn flipped_bits_are_lost_and_late_packets_are_not() {
+    let run = |what: &str| {
+        let text = format!(
+            "name = \"damage\"\ntime_limit_ms = 5_000\n[link]\nrate_bps = 20_000_000\n\
+             delay_us = 10_000\nqueue_us = 40_000\n{what}\n[[flow]]\nbytes = 1_000_000_000\n"
+        );
+        let run = run_scenario(&Scenario::parse(&text).expect("right"), 1).expect("it runs");
+        let flow = run.result.flows[0].clone();
+        (flow.packets_lost, flow.spurious_losses)
+    };
+    let (lost, spurious) = run("corrupt = 0.01");
+    assert!(lost >= 40 && spurious == 0, "{lost} lost, {spurious} of them in vain");
+    let (lost, spurious) = run("reorder = 0.01\nreorder_us = 5_000");
+    assert!(lost >= 40 && spurious + 5 >= lost, "{lost} lost, {spurious} of them in vain");
+}
+
+#[test]
 fn round_trips_of_ten_seconds_work() {
     check("further/ten-seconds", |run| {
         // 200 MB take 85 s of the link, doubling up to it 130 s.

@@ -243,6 +243,11 @@ impl Conn {
     /// The rate and quantum of the pacer, bytes/s and bytes.
     fn pacing(&self) -> (u64, u64) {
         let rate = self.cc.pacing_rate_bytes_per_s().unwrap_or_else(|| {
+            // No rate without a round trip: the initial window bounds what leaves (RFC 9002 §7.7).
+            // The 100 ms that quinn-proto assumes would hold a LAN's first packets back for 16 ms.
+            if self.cc.latest_rtt().is_zero() {
+                return u64::MAX;
+            }
             // RFC 9002 §7.7: N × cwnd / smoothed_rtt, N = 1.25.
             let rtt_ns = self.inner.rtt().as_nanos().max(1);
             let cwnd = u128::from(self.cc.cwnd_bytes());
@@ -394,7 +399,10 @@ impl Conn {
             min_rtt: stats.path.min_rtt,
             cwnd_bytes: self.cc.cwnd_bytes(),
             inflight_bytes: self.cc.inflight_bytes(),
-            pacing_rate_bps: self.pacing().0.saturating_mul(8),
+            pacing_rate_bps: match self.pacing().0 {
+                u64::MAX => 0,
+                rate => rate.saturating_mul(8),
+            },
             mtu_bytes: stats.path.current_mtu,
             packets_sent: stats.path.sent_packets,
             packets_lost: stats.path.lost_packets,

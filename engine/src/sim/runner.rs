@@ -140,14 +140,16 @@ pub(super) fn server_ip(flow: usize) -> Ipv6Addr {
 }
 
 pub(super) type Tls = (Arc<QuicServerConfig>, Arc<QuicClientConfig>);
-/// Packets of each sender that the network dropped, MTU probes too large for it apart.
+/// Packets of each sender that the network dropped or damaged, MTU probes too large for it apart.
 type Drops = Rc<RefCell<HashMap<SocketAddrV6, u64>>>;
 
 fn count_drops(network: &SimNetwork) -> Drops {
     let drops = Drops::default();
     let counted = drops.clone();
     network.set_tap(Some(Box::new(move |event| {
-        if !matches!(event.fate, Fate::Sent | Fate::Delivered | Fate::DroppedMtu) {
+        // A flipped bit fails authentication: such a packet is lost, wherever it ends.
+        let damaged = event.corrupted && event.fate == Fate::Delivered;
+        if damaged || !matches!(event.fate, Fate::Sent | Fate::Delivered | Fate::DroppedMtu) {
             *counted.borrow_mut().entry(event.from).or_default() += 1;
         }
     })));

@@ -327,6 +327,7 @@ impl Network {
             to: packet.to,
             ecn: packet.ecn,
             payload_bytes: packet.payload.len(),
+            corrupted: packet.corrupted,
             fate,
         }
     }

@@ -46,6 +46,8 @@ pub struct PacketEvent {
     pub ecn: Ecn,
     /// UDP payload bytes.
     pub payload_bytes: usize,
+    /// A bit was flipped on the way. Not part of the digest, which has the chance in its order.
+    pub corrupted: bool,
     /// What happened.
     pub fate: Fate,
 }
@@ -99,6 +101,7 @@ mod tests {
             to: "[fd00::2]:2".parse().expect("address"),
             ecn: Ecn::Ect0,
             payload_bytes: 1200,
+            corrupted: false,
             fate: Fate::Delivered,
         };
         let digest = |at_ns, event: &PacketEvent| {

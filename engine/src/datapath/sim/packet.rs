@@ -30,6 +30,8 @@ pub(super) struct Packet {
     pub(super) to: SocketAddrV6,
     pub(super) ecn: Ecn,
     pub(super) payload: Vec<u8>,
+    /// A bit was flipped on the way.
+    pub(super) corrupted: bool,
     pub(super) path: Path,
     /// Index into `path` of the hop that it is on.
     pub(super) stage: u8,
@@ -73,6 +75,7 @@ impl PacketPool {
     pub(super) fn take(&mut self) -> PacketId {
         if let Some(id) = self.free.pop() {
             self[id].in_use = true;
+            self[id].corrupted = false;
             return id;
         }
         let id = PacketId(u32::try_from(self.packets.len()).expect("under 2^32 packets in flight"));
@@ -82,6 +85,7 @@ impl PacketPool {
             to: nowhere,
             ecn: Ecn::NotEct,
             payload: Vec::new(),
+            corrupted: false,
             path: [None; 3],
             stage: 0,
             ring_slot: None,
@@ -94,9 +98,19 @@ impl PacketPool {
     pub(super) fn duplicate(&mut self, id: PacketId) -> PacketId {
         let copy = self.take();
         let mut payload = std::mem::take(&mut self[copy].payload);
-        let Packet { from, to, ecn, path, stage, .. } = self[id];
+        let Packet { from, to, ecn, corrupted, path, stage, .. } = self[id];
         payload.extend_from_slice(&self[id].payload);
-        self[copy] = Packet { from, to, ecn, payload, path, stage, ring_slot: None, in_use: true };
+        self[copy] = Packet {
+            from,
+            to,
+            ecn,
+            payload,
+            corrupted,
+            path,
+            stage,
+            ring_slot: None,
+            in_use: true,
+        };
         copy
     }
 

@@ -574,6 +574,7 @@ fn the_tap_sees_every_packet_and_the_filter_takes_some_out() {
         to: SERVER,
         ecn: Ecn::Ect0,
         payload_bytes: 1202,
+        corrupted: false,
         fate: Fate::Delivered,
     };
     assert_eq!(last, whole);

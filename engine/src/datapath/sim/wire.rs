@@ -79,6 +79,7 @@ impl Wire {
         events: &mut EventQueue,
     ) {
         if self.rng.chance(self.corrupt) && self.flip_one_bit(&mut packets[packet].payload) {
+            packets[packet].corrupted = true;
             counters.corrupted += 1;
         }
         let jitter_ns = if self.jitter_ns > 0 { self.rng.up_to(self.jitter_ns) } else { 0 };
