@@ -102,6 +102,14 @@ pub const ACK_ELICITING_THRESHOLD: u32 = 10;
 /// After this long the peer is asked to acknowledge fewer: at low rates the packets of a round trip
 /// are few, and four ACKs in it need a delay of a fourth. The least that quinn-proto can ask for.
 pub const ACK_DELAY_MAX: Duration = Duration::from_millis(1);
+/// Paths that an engine with `careful_resume` remembers at most; the oldest makes room.
+pub const RESUME_PATHS_MAX: usize = 4096;
+/// How long a path is remembered, s: an hour, as networks change.
+pub const RESUME_LIFETIME_S: u64 = 3600;
+/// A connection uses what is remembered within so many seconds of its start, or not at all.
+pub const RESUME_WITHIN_S: u64 = 30;
+/// Most bytes that a connection sends at once because of what is remembered.
+pub const RESUME_JUMP_BYTES_MAX: u64 = 16 << 20;
 /// How often an engine with `failover` looks whether its XDP program is still attached, ms.
 pub const FAILOVER_CHECK_INTERVAL_MS: u64 = 500;
 /// Batches of datagrams that a shard has given to a [`SealQueue`](crate::proto::crypto::offload::SealQueue) at most.
@@ -381,6 +389,9 @@ pub struct TransportConfig {
     pub failover_backoff_ms_max: u64,
     /// Directory for one qlog file per connection; none: off.
     pub qlog_dir: Option<std::path::PathBuf>,
+    /// Remember rate and round trip of each peer's path, and start later connections to it at half of
+    /// that (RFC 9959), clients' and servers' alike; for `bbr2` and `bbr3`.
+    pub careful_resume: bool,
     /// What an earlier connection knew of the path, for BBR's careful resume (RFC 9959);
     /// not read from files: it holds for one path.
     #[serde(skip)]
@@ -439,6 +450,7 @@ impl Default for TransportConfig {
             failover_backoff_ms_min: 100,
             failover_backoff_ms_max: 5_000,
             qlog_dir: None,
+            careful_resume: false,
             resume: None,
         }
     }
@@ -577,6 +589,18 @@ impl TransportConfig {
                 ),
             });
         }
+        if self.careful_resume
+            && !matches!(self.congestion_control, CongestionControl::Bbr2 | CongestionControl::Bbr3)
+        {
+            return Err(ConfigError {
+                key: "careful_resume",
+                value: "true".into(),
+                allowed: format!(
+                    "false, because congestion_control is {} (bbr2 and bbr3 can)",
+                    self.congestion_control.name()
+                ),
+            });
+        }
         if !self.cores.is_empty() && self.cores.len() != self.shards {
             return Err(ConfigError {
                 key: "cores",
@@ -625,12 +649,14 @@ impl TransportConfig {
     }
 
     /// The settings in quinn-proto's terms, for paths whose UDP payload is at most `mtu_bytes`;
-    /// `seed` feeds the random waits of congestion control, `metrics` takes its samples.
+    /// `seed` feeds the random waits of congestion control, `metrics` takes its samples. With `resume`
+    /// they are for one connection.
     pub(crate) fn quic(
         &self,
         mtu_bytes: u16,
         seed: u64,
         metrics: Arc<ShardMetrics>,
+        resume: Option<ResumeSeed>,
     ) -> quinn_proto::TransportConfig {
         let varint = |value: u64| VarInt::from_u64(value).expect("validated below 2^62");
         let upper_bound = match self.mtu_upper_bound_bytes {
@@ -688,7 +714,7 @@ impl TransportConfig {
                 inner: self.congestion_control.factory(
                     initial_window,
                     seed,
-                    self.resume,
+                    resume,
                     ack_hold(self.ack_frequency),
                 ),
                 metrics,

@@ -254,7 +254,12 @@ impl Builder {
         let apps = app.map(|mut make| (0..config.shards).map(&mut make).collect());
         let starter = Starter {
             shared: Arc::new(EngineShared::new(mailboxes.clone())),
-            siblings: Siblings { mailboxes, cids, loads: Loads::new(config.shards) },
+            siblings: Siblings {
+                mailboxes,
+                cids,
+                loads: Loads::new(config.shards),
+                paths: config.careful_resume.then(Arc::default),
+            },
             cores: placement.cores,
             config: Arc::new(config),
             certificates,
@@ -391,6 +396,7 @@ impl Starter {
             identity: self.identity.clone(),
             cids: self.siblings.cids.clone(),
             loads: self.siblings.loads.clone(),
+            paths: self.siblings.paths.clone(),
             shard,
             shards: self.config.shards,
             metrics: metrics.clone(),

@@ -135,6 +135,14 @@ counters! {
     streams,
     /// Connection attempts whose handle was dropped before the handshake ended.
     attempts_abandoned,
+    /// Connections that started at the remembered rate of their path, which carried it.
+    resume_validated,
+    /// Connections that remembered their path and did without: it was another, or they sent too little.
+    resume_declined,
+    /// Connections that started at the remembered rate of their path, which no longer carried it.
+    resume_retreated,
+    /// Remembered paths that were too old when they were asked for.
+    resume_expired,
     /// Calls into the shard's application that panicked.
     app_panics,
     /// Packets that wait for room or for their turn to be sent, now: connections with more to send.

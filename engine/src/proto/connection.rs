@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use quinn_proto::{Connection, FrameStats};
 
 use super::Owner;
-use super::bbr::State;
+use super::bbr::{BbrProbe, ResumePhase, State};
 use super::congestion::{CcState, Gated};
 use super::credit::Credit;
 use super::pacing::Pacer;
@@ -91,10 +91,12 @@ pub struct ConnectionStats {
     pub bandwidth_estimate_bps: u64,
     /// BBR's `inflight_hi` (v3: `inflight_longterm`), bytes, once a probe has found it.
     pub inflight_hi_bytes: Option<u64>,
+    /// What has come of what was remembered of the path (`careful_resume`, RFC 9959).
+    pub resume_phase: ResumePhase,
 }
 
 /// Numbers in [`ConnectionStats`].
-pub(crate) const STATS_NUMBERS: usize = 25;
+pub(crate) const STATS_NUMBERS: usize = 26;
 
 impl ConnectionStats {
     /// As numbers, for publication to other threads; times in nanoseconds.
@@ -125,6 +127,7 @@ impl ConnectionStats {
             self.bbr_state.map_or(0, |state| state as u64 + 1),
             self.bandwidth_estimate_bps,
             self.inflight_hi_bytes.unwrap_or(u64::MAX),
+            self.resume_phase as u64,
         ]
     }
 
@@ -133,7 +136,7 @@ impl ConnectionStats {
         let [packets_sent, packets_lost, bytes_lost, congestion_events, probes, rest @ ..] = rest;
         let [black_holes, udp_tx_bytes, udp_tx_datagrams, udp_rx_bytes, rest @ ..] = rest;
         let [udp_rx_datagrams, acks_sent, acks_received, delivery_rate_bps, rest @ ..] = rest;
-        let [latest_rtt, ecn_events, key_updates, state, bandwidth_estimate_bps, hi] = rest;
+        let [latest_rtt, ecn_events, key_updates, state, bandwidth_estimate_bps, hi, resume] = rest;
         Self {
             rtt: Duration::from_nanos(rtt),
             min_rtt: Duration::from_nanos(min_rtt),
@@ -160,6 +163,7 @@ impl ConnectionStats {
             bbr_state: state.checked_sub(1).map(|index| State::from_index(index as u8)),
             bandwidth_estimate_bps,
             inflight_hi_bytes: Some(hi).filter(|&hi| hi != u64::MAX),
+            resume_phase: ResumePhase::from_index(resume as u8),
         }
     }
 }
@@ -321,6 +325,11 @@ impl Conn {
         }
     }
 
+    /// The view into a BBR controller of the present path.
+    pub(super) fn bbr(&self) -> Option<&BbrProbe> {
+        self.cc.bbr()
+    }
+
     /// BBR's state; `None` with another congestion control.
     pub(crate) fn bbr_state(&self) -> Option<State> {
         self.cc.bbr().map(|bbr| bbr.snapshot().state)
@@ -414,6 +423,7 @@ impl Conn {
             bbr_state: bbr.map(|bbr| bbr.state),
             bandwidth_estimate_bps: bbr.map_or(0, |bbr| bbr.max_bw_bytes_per_s.saturating_mul(8)),
             inflight_hi_bytes: bbr.and_then(|bbr| bbr.inflight_hi_bytes),
+            resume_phase: self.bbr().map_or(ResumePhase::Off, BbrProbe::resume_phase),
         }
     }
 }
@@ -451,7 +461,8 @@ mod tests {
     #[test]
     fn statistics_survive_publication() {
         let mut values: [u64; STATS_NUMBERS] = std::array::from_fn(|index| 1000 + index as u64);
-        values[STATS_NUMBERS - 3] = State::ProbeRtt as u64 + 1;
+        values[STATS_NUMBERS - 4] = State::ProbeRtt as u64 + 1;
+        values[STATS_NUMBERS - 1] = ResumePhase::Retreated as u64;
         assert_eq!(ConnectionStats::from_array(values).to_array(), values);
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use quinn_proto::{EndpointEvent, Event, ServerConfig, Side};
 
-use super::{Owner, Protocol, congestion};
+use super::{Owner, Protocol, congestion, v6};
 use crate::app::ConnId;
 use crate::error::ConnectionError;
 
@@ -19,7 +19,9 @@ impl Protocol {
         owner: Owner,
     ) -> Result<ConnId, ConnectionError> {
         self.response_buffer.clear();
-        let transport = self.transport(now, mtu_bytes, Side::Server);
+        let remote = v6(incoming.remote_address());
+        let resume = self.remembered(now, &remote);
+        let transport = self.transport(now, mtu_bytes, Side::Server, resume);
         let server = self.server.as_ref().map(|server| {
             if Arc::ptr_eq(&server.transport, &transport) {
                 return server.clone();
@@ -29,6 +31,7 @@ impl Protocol {
             Arc::new(server)
         });
         let accepted = self.endpoint.accept(incoming, now, &mut self.response_buffer, server);
+        self.tries_remembered(&remote, resume, accepted.as_ref().ok().map(|(_, made)| made));
         match accepted {
             Ok((handle, mut connection)) => {
                 if connection.is_closed() {

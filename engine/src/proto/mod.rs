@@ -14,6 +14,7 @@ pub(crate) mod credit;
 pub mod crypto;
 mod incoming;
 pub(crate) mod pacing;
+pub(crate) mod paths;
 mod pooling;
 mod qlog;
 pub(crate) mod timers;
@@ -30,6 +31,7 @@ use quinn_proto::{
     EndpointConfig, Event, ServerConfig, Side, Transmit, ValidationTokenConfig,
 };
 
+use self::bbr::ResumeSeed;
 use crate::app::{ConnId, Incoming};
 use crate::config::{
     CONNECTIONS_PER_SHARE_MAX, HANDSHAKE_STEPS_MAX, MIGRATIONS_PER_TURN_MAX, TRANSPORTS_MAX,
@@ -120,6 +122,7 @@ pub(crate) struct Protocol {
     /// By owner.
     pools: [Pool; 2],
     qlog: Option<qlog::QlogFiles>,
+    paths: Option<Arc<paths::PathMemory>>,
     metrics: Arc<ShardMetrics>,
     pub(crate) counters: ShardCounters,
 }
@@ -130,6 +133,8 @@ pub(crate) struct ProtocolSetup {
     pub(crate) identity: QuicIdentity,
     pub(crate) cids: cid::Cids,
     pub(crate) loads: balance::Loads,
+    /// What is remembered of paths, where that is wanted.
+    pub(crate) paths: Option<Arc<paths::PathMemory>>,
     pub(crate) shard: usize,
     /// Shards of the engine.
     pub(crate) shards: usize,
@@ -151,6 +156,7 @@ impl Protocol {
             identity,
             cids,
             loads,
+            paths,
             shard,
             metrics,
             mailbox,
@@ -159,7 +165,7 @@ impl Protocol {
             ..
         } = setup;
         let cc_seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
-        let transport = Arc::new(config.quic(mtu_bytes, cc_seed, metrics.clone()));
+        let transport = Arc::new(config.quic(mtu_bytes, cc_seed, metrics.clone(), None));
         let transports = vec![(mtu_bytes, transport.clone())];
         let reset_key = identity.reset_key.unwrap_or_else(|| random_reset_key(&seed));
         let aim = balance::Aim::default();
@@ -224,6 +230,7 @@ impl Protocol {
             response_buffer: Vec::with_capacity(2048),
             qlog: config.qlog_dir.clone().map(|directory| qlog::QlogFiles::new(directory, shard)),
             pools,
+            paths,
             metrics,
             config,
             transports,
@@ -336,23 +343,30 @@ impl Protocol {
         }
     }
 
-    /// The settings for paths whose UDP payload is at most `mtu_bytes`.
+    /// The settings for paths whose UDP payload is at most `mtu_bytes`, and what is known of this one.
     fn transport(
         &mut self,
         now: Instant,
         mtu_bytes: u16,
         side: Side,
+        resume: Option<ResumeSeed>,
     ) -> Arc<quinn_proto::TransportConfig> {
-        if let Some(stream) = self.qlog.as_mut().and_then(|files| files.open(now, side)) {
-            // The stream is part of the settings: they are this connection's own.
-            let mut transport = self.config.quic(mtu_bytes, self.cc_seed, self.metrics.clone());
-            transport.qlog_stream(Some(stream));
+        let stream = self.qlog.as_mut().and_then(|files| files.open(now, side));
+        if stream.is_some() || resume.is_some() {
+            // Both are part of the settings, which are this connection's own. Connections with
+            // settings of their own draw their random waits from seeds of their own, too.
+            let number = u64::from(self.generation);
+            let seed = self.cc_seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mut transport = self.config.quic(mtu_bytes, seed, self.metrics.clone(), resume);
+            if stream.is_some() {
+                transport.qlog_stream(stream);
+            }
             return Arc::new(transport);
         }
         if let Some((_, transport)) = self.transports.iter().find(|(mtu, _)| *mtu == mtu_bytes) {
             return transport.clone();
         }
-        let settings = self.config.quic(mtu_bytes, self.cc_seed, self.metrics.clone());
+        let settings = self.config.quic(mtu_bytes, self.cc_seed, self.metrics.clone(), None);
         let transport = Arc::new(settings);
         // A handful of interfaces and path MTUs; a flood of odd ones replaces the youngest.
         self.transports.truncate(TRANSPORTS_MAX - 1);
@@ -394,19 +408,19 @@ impl Protocol {
         }
         let mut config =
             config.or_else(|| self.client.clone()).ok_or(ConnectError::NoClientConfig)?;
-        config.transport_config(self.transport(now, mtu_bytes, Side::Client));
-        let (handle, connection) = self
-            .endpoint
-            .connect(now, config, SocketAddr::V6(remote), server_name)
-            .map_err(|error| match error {
-                quinn_proto::ConnectError::InvalidServerName(name) => {
-                    ConnectError::InvalidServerName(name)
-                }
-                quinn_proto::ConnectError::InvalidRemoteAddress(_) => {
-                    ConnectError::InvalidRemoteAddress(remote)
-                }
-                other => ConnectError::Protocol(other.to_string()),
-            })?;
+        let resume = self.remembered(now, &remote);
+        config.transport_config(self.transport(now, mtu_bytes, Side::Client, resume));
+        let made = self.endpoint.connect(now, config, SocketAddr::V6(remote), server_name);
+        self.tries_remembered(&remote, resume, made.as_ref().ok().map(|(_, made)| made));
+        let (handle, connection) = made.map_err(|error| match error {
+            quinn_proto::ConnectError::InvalidServerName(name) => {
+                ConnectError::InvalidServerName(name)
+            }
+            quinn_proto::ConnectError::InvalidRemoteAddress(_) => {
+                ConnectError::InvalidRemoteAddress(remote)
+            }
+            other => ConnectError::Protocol(other.to_string()),
+        })?;
         self.counters.connects += 1;
         Ok(self.insert(now, handle, connection, owner))
     }
@@ -509,6 +523,7 @@ impl Protocol {
     /// Our address changed: every client connection validates its path anew, in this turn and the
     /// next ones.
     pub(crate) fn local_addresses_changed(&mut self) {
+        self.forget_paths();
         self.migrate_next = 0;
     }
 
@@ -559,7 +574,11 @@ impl Protocol {
     }
 
     /// The next event of a touched connection; after `None` it waits for transmission.
-    pub(crate) fn poll_event(&mut self, slot: u32) -> Option<(ConnId, Owner, AppEvent)> {
+    pub(crate) fn poll_event(
+        &mut self,
+        now: Instant,
+        slot: u32,
+    ) -> Option<(ConnId, Owner, AppEvent)> {
         let conn = self.conns[slot as usize].as_mut()?;
         let (id, owner) = (conn.id, conn.owner);
         while let Some(event) = conn.inner.poll_endpoint_events() {
@@ -574,10 +593,12 @@ impl Protocol {
         }
         conn.touched = false;
         // Whatever closes a connection touches it.
-        if !conn.closing && conn.inner.is_closed() {
+        if !conn.closing && (conn.inner.is_closed() || conn.drained) {
             conn.closing = true;
             self.closing += 1;
+            self.remember_path(now, slot);
         }
+        let conn = self.conns[slot as usize].as_mut()?;
         if conn.drained {
             let (reported, pool_entry) = (conn.closed_reported, conn.pool_entry);
             self.remove(slot);

@@ -46,6 +46,7 @@ use crate::handles::HandleApp;
 use crate::metrics::ShardMetrics;
 use crate::proto::balance::Loads;
 use crate::proto::cid::{CidTable, Cids};
+use crate::proto::paths::PathMemory;
 use crate::proto::{AppEvent, Gate, Owner, Protocol, tx_meta};
 use mailbox::{Command, Mailbox, ShutdownOrder};
 
@@ -83,6 +84,7 @@ pub(crate) struct Siblings {
     pub(crate) mailboxes: Arc<[Mailbox]>,
     pub(crate) cids: Cids,
     pub(crate) loads: Loads,
+    pub(crate) paths: Option<Arc<PathMemory>>,
 }
 
 /// One core's share of the engine. See the [module documentation](self).
@@ -316,7 +318,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         loop {
             while let Some(slot) = self.proto.next_touched() {
                 worked = true;
-                while let Some((conn, owner, event)) = self.proto.poll_event(slot) {
+                while let Some((conn, owner, event)) = self.proto.poll_event(now, slot) {
                     self.dispatch(now, conn, owner, event);
                 }
                 if let Some(conn) = self.proto.conn_in_slot(slot)

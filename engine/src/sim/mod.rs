@@ -175,6 +175,7 @@ fn shard_on<D: Datapath>(
         identity,
         cids: siblings.cids.clone(),
         loads: siblings.loads.clone(),
+        paths: siblings.paths.clone(),
         shard,
         shards: siblings.mailboxes.len(),
         metrics: metrics.clone(),
@@ -209,7 +210,8 @@ fn siblings(
     let key = config.cid.key.clone().unwrap_or(CidKey::new(&[0x42; 16]));
     let cid = CidConfig { key: Some(key), ..config.cid.clone() };
     let cids = Cids::new(CidTable::new(&cid, shards));
-    Ok(Siblings { mailboxes, cids, loads: Loads::new(shards) })
+    let paths = config.careful_resume.then(Arc::default);
+    Ok(Siblings { mailboxes, cids, loads: Loads::new(shards), paths })
 }
 
 impl SimNode for SimHost {

@@ -203,6 +203,7 @@ pub(super) fn transport_config(spec: &FlowSpec) -> TransportConfig {
             ResumeSeed {
                 bandwidth_bytes_per_s,
                 min_rtt: Duration::from_micros(seed.rtt_us),
+                is_limit: true,
                 jump_bytes_max: u64::try_from(bdp).unwrap_or(u64::MAX),
             }
         }),

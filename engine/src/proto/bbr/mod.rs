@@ -63,7 +63,7 @@ mod traps;
 
 pub use params::Params;
 pub use probe::{BbrProbe, Snapshot};
-pub use resume::ResumeSeed;
+pub use resume::{ResumePhase, ResumeSeed};
 pub use state::State;
 
 use control::ExtraAcked;
@@ -86,7 +86,8 @@ pub struct BbrConfig {
     /// each. Beyond, packets are sent without a record: the model then lives on
     /// the samples of those that have one. At least 1024.
     pub packets_in_flight_max: usize,
-    /// What is remembered of the path, for careful resume (RFC 9959).
+    /// What is remembered of the path, for careful resume (RFC 9959): holds for the first controller
+    /// that is made, as quinn-proto makes another when a connection migrates.
     pub resume: Option<ResumeSeed>,
     /// How long the receiver may hold an ACK back.
     pub ack_hold: AckHold,
@@ -116,7 +117,8 @@ impl BbrConfig {
     pub fn build_bbr(&self, now: Instant, mtu_bytes: u16) -> Bbr {
         // Relaxed: the number only has to differ from one controller to the next.
         let nth = self.built.fetch_add(1, Ordering::Relaxed);
-        Bbr::new(self, now, mtu_bytes, SplitMix(self.seed).below(u64::MAX) ^ (nth << 1 | 1))
+        let resume = self.resume.filter(|_| nth == 0);
+        Bbr::new(self, resume, now, mtu_bytes, SplitMix(self.seed).below(u64::MAX) ^ (nth << 1 | 1))
     }
 }
 
@@ -205,7 +207,13 @@ pub struct Bbr {
 }
 
 impl Bbr {
-    fn new(config: &BbrConfig, now: Instant, mtu_bytes: u16, seed: u64) -> Self {
+    fn new(
+        config: &BbrConfig,
+        resume: Option<ResumeSeed>,
+        now: Instant,
+        mtu_bytes: u16,
+        seed: u64,
+    ) -> Self {
         let smss = u64::from(mtu_bytes).max(1);
         let initial_window = config
             .initial_window_bytes
@@ -240,7 +248,7 @@ impl Bbr {
             probe_rtt: ProbeRtt::default(),
             drain_start_round: 0,
             idle_restart: false,
-            resume: Resume::new(config.resume),
+            resume: Resume::new(resume),
             resume_rate: None,
             batch: Batch::default(),
             limited: Limited::default(),
@@ -250,6 +258,9 @@ impl Bbr {
             send_quantum: 0,
         };
         bbr.init_pacing_rate(None);
+        if resume.is_some() {
+            bbr.probe.set_resume_phase(ResumePhase::Reconnaissance);
+        }
         bbr.publish();
         bbr
     }

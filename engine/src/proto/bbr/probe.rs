@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use super::resume::ResumePhase;
 use super::state::State;
 
 const APP_LIMITED_KNOWN: u8 = 1;
@@ -42,6 +43,7 @@ struct Shared {
     app_limited: AtomicU8,
     cwnd_limited: AtomicBool,
     spurious: AtomicBool,
+    resume_phase: AtomicU8,
 }
 
 /// The controller's model and decisions after its last event.
@@ -133,6 +135,16 @@ impl BbrProbe {
     /// (v3 §5.5.11) on the next ACK. quinn-proto 0.11 does not notice late ACKs.
     pub fn report_spurious_loss(&self) {
         self.0.spurious.store(true, Relaxed);
+    }
+
+    /// What has come of what was remembered of the path.
+    #[must_use]
+    pub fn resume_phase(&self) -> ResumePhase {
+        ResumePhase::from_index(self.0.resume_phase.load(Relaxed))
+    }
+
+    pub(in crate::proto) fn set_resume_phase(&self, phase: ResumePhase) {
+        self.0.resume_phase.store(phase as u8, Relaxed);
     }
 
     /// Congestion window, bytes.

@@ -194,6 +194,7 @@ fn s12_satellite_cold_and_resumed() {
         config.resume = Some(ResumeSeed {
             bandwidth_bytes_per_s: 250 * MBIT / 8,
             min_rtt: std::time::Duration::from_millis(600),
+            is_limit: true,
             jump_bytes_max: u64::MAX,
         });
         sim.add_bbr(config, PACKET, 0, 100_000_000);

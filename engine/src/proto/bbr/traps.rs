@@ -283,6 +283,7 @@ fn careful_resume_retreats_from_a_path_that_has_changed() {
     let seed = |mbit: u64, rtt_ms| super::ResumeSeed {
         bandwidth_bytes_per_s: mbit * MBIT / 8,
         min_rtt: Duration::from_millis(rtt_ms),
+        is_limit: true,
         jump_bytes_max: u64::MAX,
     };
     for params in BOTH {
