@@ -153,6 +153,17 @@ fn a_gigabit_lan_is_full_although_acks_are_held_back() {
 }
 
 #[test]
+fn a_burst_is_no_more_than_path_and_queue_hold() {
+    check("further/shallow-lan", |run| {
+        let loss = run.result.flows[0].loss;
+        if loss > 0.03 {
+            return Some(format!("{loss:.3} lost"));
+        }
+        at_least("goodput", goodput_between(run, 1, 4), 0.985 * 0.945 * 1e9)
+    });
+}
+
+#[test]
 fn a_policer_is_not_fought() {
     check("further/policer", |run| {
         let loss = run.result.flows[0].loss;

@@ -124,8 +124,10 @@ impl Bbr {
 
     /// `SetSendQuantum`.
     fn set_send_quantum(&mut self) {
+        // A burst of all that path and queue were seen to hold would overflow them by itself.
         self.send_quantum = volume(self.pacing_rate, QUANTUM_NS)
             .min(QUANTUM_BYTES_MAX)
+            .min(self.inflight_hi / 2)
             .max(QUANTUM_PACKETS_MIN * self.smss);
     }
 
