@@ -34,6 +34,9 @@ pub struct TransportArgs {
     /// Congestion control: bbr2 (the default), bbr3, cubic or newreno.
     #[arg(long)]
     pub cc: Option<CongestionControl>,
+    /// Start from what earlier connections saw of a peer's path (RFC 9959); bbr2 and bbr3 only.
+    #[arg(long)]
+    pub careful_resume: bool,
     /// Who seals packets: auto (ipsec-mb where installed, the default), aws-lc-rs or ipsec-mb.
     #[arg(long)]
     pub crypto_provider: Option<CryptoProviderChoice>,
@@ -103,6 +106,7 @@ impl TransportArgs {
         if self.iface.is_some() {
             config.interface.clone_from(&self.iface);
         }
+        config.careful_resume |= self.careful_resume;
         config.allow_skb_mode |= self.allow_skb;
         config.require_zero_copy |= self.zero_copy;
         if self.qlog_dir.is_some() {
@@ -264,6 +268,7 @@ mod tests {
             "0",
             "--iface",
             "eth8",
+            "--careful-resume",
         ];
         let config = transport(&flags, Some(FILE));
         assert_eq!(config.datapath, DatapathChoice::IoUring);
@@ -274,6 +279,7 @@ mod tests {
             (config.mtu_upper_bound_bytes, config.interface.as_deref()),
             (1300, Some("eth8"))
         );
+        assert!(config.careful_resume && !transport(&[], Some(FILE)).careful_resume);
         assert!(!config.failover, "what has no flag is the file's");
         let one = transport(&["--cc", "newreno"], Some(FILE));
         assert_eq!((one.congestion_control, one.shards), (CongestionControl::NewReno, 3));

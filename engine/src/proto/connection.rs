@@ -174,6 +174,8 @@ pub(crate) struct Conn {
     pub(crate) owner: Owner,
     pub(crate) touched: bool,
     pub(crate) tx_queued: bool,
+    /// When it was made.
+    pub(super) begun: Instant,
     pub(crate) handshake_deadline: Option<Instant>,
     /// When it has reached `connection_age_ms_max`.
     pub(crate) age_deadline: Option<Instant>,
@@ -221,6 +223,7 @@ impl Conn {
             owner,
             touched: false,
             tx_queued: false,
+            begun: now,
             handshake_deadline: Some(handshake_deadline),
             age_deadline: None,
             closed_reported: false,

@@ -522,8 +522,8 @@ impl Protocol {
 
     /// Our address changed: every client connection validates its path anew, in this turn and the
     /// next ones.
-    pub(crate) fn local_addresses_changed(&mut self) {
-        self.forget_paths();
+    pub(crate) fn local_addresses_changed(&mut self, now: Instant) {
+        self.forget_paths(now);
         self.migrate_next = 0;
     }
 

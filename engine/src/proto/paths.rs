@@ -2,7 +2,8 @@
 //!
 //! Shared by the shards; asked when a connection begins and told when it ends, never while
 //! packets go. A peer is an IPv6 address (and the link, where the address is of the link);
-//! everything is forgotten when the engine's own address changes.
+//! everything is forgotten when the engine's own address changes, also what connections from before
+//! have seen, and what they have not tried yet.
 //!
 //! * What is remembered is what the path carried at last: BBR's bandwidth and `min_rtt`, if a new
 //!   connection gains by it (four initial windows). A connection that ended in Startup has not seen
@@ -66,7 +67,14 @@ impl Trial {
 
 /// The paths of an engine. See the [module documentation](self).
 #[derive(Debug, Default)]
-pub(crate) struct PathMemory(Mutex<HashMap<Peer, Path>>);
+pub(crate) struct PathMemory(Mutex<Paths>);
+
+#[derive(Debug, Default)]
+struct Paths {
+    by_peer: HashMap<Peer, Path>,
+    /// When our own address changed last.
+    forgotten_at: Option<Instant>,
+}
 
 impl Protocol {
     /// What a connection that begins starts from: what the configuration says of all paths, else
@@ -118,14 +126,14 @@ impl Protocol {
             let packet = u64::from(conn.inner.current_mtu());
             let initial_window = self.config.initial_window_packets * packet;
             let remote = v6(conn.inner.remote_address());
-            paths.tell(now, &remote, &probe.snapshot(), initial_window);
+            paths.tell(now, conn.begun, &remote, &probe.snapshot(), initial_window);
         }
     }
 
     /// Our own address changed.
-    pub(super) fn forget_paths(&self) {
+    pub(super) fn forget_paths(&self, now: Instant) {
         if let Some(paths) = &self.paths {
-            paths.forget_all();
+            paths.forget_all(now);
         }
     }
 }
@@ -142,7 +150,7 @@ pub(crate) enum Known {
 }
 
 impl PathMemory {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Peer, Path>> {
+    fn lock(&self) -> MutexGuard<'_, Paths> {
         // A panic elsewhere leaves whole entries behind.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -150,7 +158,7 @@ impl PathMemory {
     /// What a connection that begins may start from. It then says so
     /// ([`begin`](Self::begin), or [`forgo`](Self::forgo)).
     pub(crate) fn ask(&self, now: Instant, remote: &SocketAddrV6) -> Known {
-        let mut paths = self.lock();
+        let paths = &mut self.lock().by_peer;
         let peer = Peer::of(remote);
         let Some(path) = paths.get_mut(&peer) else { return Known::Nothing };
         if now.saturating_duration_since(path.saved_at) > Duration::from_secs(RESUME_LIFETIME_S) {
@@ -175,7 +183,7 @@ impl PathMemory {
 
     /// The connection that [`ask`](Self::ask)ed exists.
     pub(crate) fn begin(&self, remote: &SocketAddrV6, probe: BbrProbe) {
-        let mut paths = self.lock();
+        let paths = &mut self.lock().by_peer;
         if let Some(trial) = paths.get_mut(&Peer::of(remote)).and_then(|path| path.trial.as_mut()) {
             trial.probe = Some(probe);
         }
@@ -183,15 +191,18 @@ impl PathMemory {
 
     /// The connection that [`ask`](Self::ask)ed will not exist.
     pub(crate) fn forgo(&self, remote: &SocketAddrV6) {
-        if let Some(path) = self.lock().get_mut(&Peer::of(remote)) {
+        if let Some(path) = self.lock().by_peer.get_mut(&Peer::of(remote)) {
             path.trial = None;
         }
     }
 
-    /// A connection has ended: what it saw of its path, and the initial window it had.
+    /// A connection has ended that began at `begun`: what it saw of its path, and the initial window
+    /// it had. Nothing is taken from one that has seen our address change: it is not known which of
+    /// the paths its estimate is of.
     pub(crate) fn tell(
         &self,
         now: Instant,
+        begun: Instant,
         remote: &SocketAddrV6,
         seen: &Snapshot,
         initial_window_bytes: u64,
@@ -204,7 +215,11 @@ impl PathMemory {
             return;
         }
         let is_limit = seen.state != State::Startup;
-        let mut paths = self.lock();
+        let mut locked = self.lock();
+        if locked.forgotten_at.is_some_and(|at| begun <= at) {
+            return;
+        }
+        let paths = &mut locked.by_peer;
         let peer = Peer::of(remote);
         let knows_more = |path: &Path| path.bandwidth_bytes_per_s >= bandwidth_bytes_per_s;
         if !is_limit && paths.get(&peer).is_some_and(knows_more) {
@@ -220,9 +235,15 @@ impl PathMemory {
         paths.insert(peer, Path { bandwidth_bytes_per_s, min_rtt, is_limit, saved_at: now, trial });
     }
 
-    /// Our own address changed: every path is another.
-    pub(crate) fn forget_all(&self) {
-        self.lock().clear();
+    /// Our own address changed: every path is another, also that of who was told and waits.
+    pub(crate) fn forget_all(&self, now: Instant) {
+        let mut paths = self.lock();
+        paths.forgotten_at = paths.forgotten_at.max(Some(now));
+        for (_, path) in paths.by_peer.drain() {
+            if let Some(probe) = path.trial.and_then(|trial| trial.probe) {
+                probe.withdraw_resume();
+            }
+        }
     }
 }
 
@@ -254,7 +275,7 @@ mod tests {
     }
 
     fn tell(memory: &PathMemory, now: Instant, remote: SocketAddrV6) {
-        memory.tell(now, &remote, &seen(), INITIAL_WINDOW);
+        memory.tell(now, now, &remote, &seen(), INITIAL_WINDOW);
     }
 
     /// The probe of a connection that has the seed.
@@ -316,13 +337,13 @@ mod tests {
         for (index, change) in changes.iter().enumerate() {
             let mut seen = seen();
             change(&mut seen);
-            memory.tell(now, &peer(1), &seen, INITIAL_WINDOW);
+            memory.tell(now, now, &peer(1), &seen, INITIAL_WINDOW);
             assert_eq!(memory.ask(now, &peer(1)), Known::Nothing, "change {index}");
         }
         let tell_of_startup = |bandwidth_bytes_per_s| {
             let mut seen = seen();
             (seen.state, seen.bw_bytes_per_s) = (State::Startup, bandwidth_bytes_per_s);
-            memory.tell(now, &peer(1), &seen, INITIAL_WINDOW);
+            memory.tell(now, now, &peer(1), &seen, INITIAL_WINDOW);
             let Known::Path(seed) = memory.ask(now, &peer(1)) else { panic!("told") };
             memory.forgo(&peer(1));
             (seed.bandwidth_bytes_per_s, seed.is_limit)
@@ -341,8 +362,8 @@ mod tests {
         for number in 0..paths + 100 {
             tell(&memory, at(u64::from(number / 1000)), peer(number));
         }
-        assert_eq!(memory.lock().len(), RESUME_PATHS_MAX);
-        let kept = |number| memory.lock().contains_key(&Peer::of(&peer(number)));
+        assert_eq!(memory.lock().by_peer.len(), RESUME_PATHS_MAX);
+        let kept = |number| memory.lock().by_peer.contains_key(&Peer::of(&peer(number)));
         assert!(!(0..100).any(|number| kept(number) && !(0..1000).any(|n| !kept(n))));
         assert_eq!((0..1000).filter(|n| kept(*n)).count(), 900, "the oldest made room");
         let last = paths + 99;
@@ -352,8 +373,33 @@ mod tests {
         let later = end + Duration::from_secs(1);
         assert_eq!(memory.ask(later, &peer(last)), Known::Expired);
         assert_eq!(memory.ask(later, &peer(last)), Known::Nothing);
-        memory.forget_all();
-        assert!(memory.lock().is_empty());
+        memory.forget_all(later);
+        assert!(memory.lock().by_peer.is_empty());
+    }
+
+    #[test]
+    fn a_change_of_our_address_outlasts_the_connections_from_before() {
+        let (memory, start) = (PathMemory::default(), Instant::now());
+        let at = |second| start + Duration::from_secs(second);
+        tell(&memory, start, peer(1));
+        let Known::Path(seed) = memory.ask(start, &peer(1)) else { panic!("told") };
+        let waiting = trial(seed);
+        memory.begin(&peer(1), waiting.clone());
+        tell(&memory, start, peer(2));
+        let Known::Path(seed) = memory.ask(start, &peer(2)) else { panic!("told") };
+        let jumped = trial(seed);
+        jumped.set_resume_phase(ResumePhase::Validated);
+        memory.begin(&peer(2), jumped.clone());
+
+        memory.forget_all(at(10));
+        assert_eq!(waiting.resume_phase(), ResumePhase::Declined, "what was offered is withdrawn");
+        assert_eq!(jumped.resume_phase(), ResumePhase::Validated, "what was done is not");
+        for begun in [at(0), at(10)] {
+            memory.tell(at(20), begun, &peer(1), &seen(), INITIAL_WINDOW);
+            assert_eq!(memory.ask(at(20), &peer(1)), Known::Nothing, "the old address's path");
+        }
+        memory.tell(at(20), at(11), &peer(1), &seen(), INITIAL_WINDOW);
+        assert!(matches!(memory.ask(at(20), &peer(1)), Known::Path(_)), "the new one's");
     }
 
     #[test]

@@ -210,7 +210,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         }
         while let Some(event) = self.datapath.poll_event() {
             worked = true;
-            self.handle_link_event(event);
+            self.handle_link_event(now, event);
         }
         self.proto.migrate_some();
         worked
@@ -620,7 +620,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
         }
     }
 
-    fn handle_link_event(&mut self, event: DatapathEvent) {
+    fn handle_link_event(&mut self, now: Instant, event: DatapathEvent) {
         match event {
             DatapathEvent::MaxUdpPayload(bytes) => {
                 tracing::info!(shard = self.proto.shard_index(), bytes, "path MTU limit changed");
@@ -631,7 +631,7 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
             DatapathEvent::LinkUp => {
                 tracing::info!(shard = self.proto.shard_index(), "link up");
             }
-            DatapathEvent::AddressesChanged => self.proto.local_addresses_changed(),
+            DatapathEvent::AddressesChanged => self.proto.local_addresses_changed(now),
             DatapathEvent::Changed(reason) => {
                 let path = self.datapath.capabilities();
                 let (shard, datapath) = (self.proto.shard_index(), path.kind.name());

@@ -143,6 +143,14 @@ impl BbrProbe {
         ResumePhase::from_index(self.0.resume_phase.load(Relaxed))
     }
 
+    /// Takes back what was remembered of the path, where it was not tried yet. The controller may
+    /// belong to another shard: its own step wins.
+    pub(in crate::proto) fn withdraw_resume(&self) {
+        let (from, to) = (ResumePhase::Reconnaissance as u8, ResumePhase::Declined as u8);
+        // Relaxed, as everything here; a failure says that there is nothing to take back.
+        let _unless_it_went_on = self.0.resume_phase.compare_exchange(from, to, Relaxed, Relaxed);
+    }
+
     pub(in crate::proto) fn set_resume_phase(&self, phase: ResumePhase) {
         self.0.resume_phase.store(phase as u8, Relaxed);
     }

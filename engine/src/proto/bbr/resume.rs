@@ -55,7 +55,7 @@ pub enum ResumePhase {
     /// All of that has arrived.
     Validated,
     /// It did without: the round trip was another, there was congestion before the jump, Startup
-    /// was over before data came, or the jump would have been none.
+    /// was over before data came, our address changed, or the jump would have been none.
     Declined,
     /// There was congestion after the jump: the path carries less than it did.
     Retreated,
@@ -157,8 +157,10 @@ impl Bbr {
     }
 
     fn try_jump(&mut self, now_ns: u64, seed: &ResumeSeed, rs: &RateSample) {
+        let is_withdrawn = self.probe.resume_phase() != ResumePhase::Reconnaissance;
         // The epoch is when the path began; it reads 1.
-        if self.state != State::Startup || now_ns > RESUME_WITHIN_S * NS_PER_S {
+        let is_late = now_ns > RESUME_WITHIN_S * NS_PER_S;
+        if is_withdrawn || is_late || self.state != State::Startup {
             self.end_resume(ResumePhase::Declined);
             return;
         }

@@ -358,3 +358,29 @@ fn aggregation_is_remembered_for_ten_milliseconds_on_a_short_path() {
         assert!(rounds(21_000) < 20_000, "kept for 21 ms");
     }
 }
+
+#[test]
+fn a_withdrawn_seed_is_not_tried() {
+    for params in BOTH {
+        let time = |resume, is_withdrawn| {
+            let mut sim = Sim::new(link(20, 25_000, 50_000), 1);
+            let mut config = BbrConfig::new(params, 1);
+            config.resume = resume;
+            sim.add_bbr(config, PACKET, 0, 10 * MIB);
+            if is_withdrawn {
+                sim.bbr_mut(0).probe().withdraw_resume();
+            }
+            sim.finish(60 * S);
+            sim.flows[0].done.expect("finished") / MS
+        };
+        let seed = super::ResumeSeed {
+            bandwidth_bytes_per_s: 20 * MBIT / 8,
+            min_rtt: Duration::from_millis(50),
+            is_limit: true,
+            jump_bytes_max: u64::MAX,
+        };
+        let cold = time(None, false);
+        assert_ne!(time(Some(seed), false), cold, "{}: it would have helped", params.name);
+        assert_eq!(time(Some(seed), true), cold, "{}", params.name);
+    }
+}
