@@ -42,15 +42,15 @@ struct Awake(Vec<Child>);
 
 impl Awake {
     fn start() -> Self {
-        let cores = thread::available_parallelism().expect("known").get();
-        let spin = |core: usize| {
+        let cores = core_affinity::get_core_ids().expect("the cores that this process may use");
+        let spin = |core: core_affinity::CoreId| {
             Command::new("taskset")
-                .args(["-c", &core.to_string(), "chrt", "--idle", "0", "sh", "-c"])
+                .args(["-c", &core.id.to_string(), "chrt", "--idle", "0", "sh", "-c"])
                 .arg("while :; do :; done")
                 .spawn()
                 .expect("taskset and chrt (util-linux)")
         };
-        Self((0..cores).map(spin).collect())
+        Self(cores.into_iter().map(spin).collect())
     }
 }
 
