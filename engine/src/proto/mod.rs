@@ -592,14 +592,15 @@ impl Protocol {
             return Some((id, owner, AppEvent::Quic(event)));
         }
         conn.touched = false;
+        let drained = conn.drained;
         // Whatever closes a connection touches it.
-        if !conn.closing && (conn.inner.is_closed() || conn.drained) {
+        if !conn.closing && (drained || conn.inner.is_closed()) {
             conn.closing = true;
             self.closing += 1;
             self.remember_path(now, slot);
         }
-        let conn = self.conns[slot as usize].as_mut()?;
-        if conn.drained {
+        if drained {
+            let conn = self.conns[slot as usize].as_mut()?;
             let (reported, pool_entry) = (conn.closed_reported, conn.pool_entry);
             self.remove(slot);
             return Some((id, owner, AppEvent::Drained { reported, pool_entry }));

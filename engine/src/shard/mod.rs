@@ -59,7 +59,7 @@ pub struct Turn {
     pub more: bool,
     /// When the shard must turn again if nothing arrives before.
     pub deadline: Option<Instant>,
-    /// Round trip of a connection that has data and waits for its pacer, which lets it go within
+    /// After a turn without work: round trip of a connection that has data and waits for its pacer, which lets it go within
     /// [`SPIN_UNTIL_PACED_US_MAX`].
     pub paced_rtt: Option<Duration>,
     /// The shard has ended: everything is closed and flushed.
@@ -584,9 +584,14 @@ impl<D: Datapath, C: Clock> Shard<D, C> {
                 || (!worked && self.handles.has_unpublished())
                 || self.ending.as_ref().is_some_and(|ending| !ending.to_close.is_empty()),
             deadline,
-            paced_rtt: self.paced.filter(|(until, _)| *until > now).map(|(_, rtt)| rtt),
+            paced_rtt: if worked { None } else { self.paced_rtt(now) },
             ended: self.has_ended(now),
         }
+    }
+
+    /// The round trip of a connection that its pacer holds back.
+    fn paced_rtt(&self, now: Instant) -> Option<Duration> {
+        self.paced.filter(|(until, _)| *until > now).map(|(_, rtt)| rtt)
     }
 
     fn handle_command(&mut self, now: Instant, command: Command) {
