@@ -5,17 +5,16 @@
 mod sim;
 
 use std::any::Any;
+use std::net::SocketAddrV6;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use sim::{CLIENT, CLIENT_HOST, SERVER, SERVER_HOST, tls};
+use sim::{CLIENT, CLIENT_HOST, SERVER, linked, run_both, tls, tls_for};
 use stoq::app::{ConnId, Incoming, ShardApp, ShardCx, WriteOutcome};
 use stoq::clock::SimClock;
 use stoq::config::{CongestionControl, RESUME_LIFETIME_S, TransportConfig};
-use stoq::datapath::sim::{
-    Direction, LinkConfig, LinkId, Prefix, QueueLimit, SimNetwork, run_while,
-};
+use stoq::datapath::sim::{Direction, LinkConfig, LinkId, QueueLimit, SimNetwork};
 use stoq::error::ConnectionError;
 use stoq::metrics::ShardCounters;
 use stoq::proto::bbr::ResumePhase;
@@ -44,6 +43,8 @@ struct Transfer {
     packets_lost: u64,
 }
 
+struct LetWait;
+
 type Done = Arc<Mutex<Vec<Transfer>>>;
 
 /// Connects with each message, sends so many bytes over every connection and closes what is
@@ -51,6 +52,10 @@ type Done = Arc<Mutex<Vec<Transfer>>>;
 struct Bulk {
     sends_bytes: usize,
     open: Vec<(ConnId, StreamId, usize, std::time::Instant)>,
+    /// After [`LetWait`]: who knocks is accepted a second later, when the rest of the ClientHello is
+    /// there, and is expected to be refused then.
+    lets_wait: bool,
+    waiting: Vec<Incoming>,
     done: Done,
 }
 
@@ -58,7 +63,8 @@ impl Bulk {
     fn new(sends_bytes: usize) -> (Self, Done) {
         let done = Done::default();
         let open = Vec::new();
-        (Self { sends_bytes, open, done: done.clone() }, done)
+        let waiting = Vec::new();
+        (Self { sends_bytes, open, lets_wait: false, waiting, done: done.clone() }, done)
     }
 
     fn write(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {
@@ -78,12 +84,28 @@ impl Bulk {
 }
 
 impl ShardApp for Bulk {
-    fn handle_message(&mut self, cx: &mut ShardCx<'_>, _message: Box<dyn Any + Send>) {
-        cx.connect(SERVER, "stoq.test").expect("connect");
+    fn handle_message(&mut self, cx: &mut ShardCx<'_>, message: Box<dyn Any + Send>) {
+        if message.is::<LetWait>() {
+            self.lets_wait = true;
+        } else {
+            cx.connect(SERVER, "stoq.test").expect("connect");
+        }
     }
 
     fn handle_incoming(&mut self, cx: &mut ShardCx<'_>, incoming: Incoming) {
-        cx.accept(incoming).expect("accepted");
+        if self.lets_wait {
+            self.waiting.push(incoming);
+            cx.set_timer(cx.now() + Duration::from_secs(1), 0);
+        } else {
+            cx.accept(incoming).expect("accepted");
+        }
+    }
+
+    fn handle_timer(&mut self, cx: &mut ShardCx<'_>, _token: u64) {
+        for incoming in self.waiting.drain(..) {
+            cx.accept(incoming).expect_err("refused");
+        }
+        self.lets_wait = false;
     }
 
     fn handle_connected(&mut self, cx: &mut ShardCx<'_>, conn: ConnId) {
@@ -137,11 +159,7 @@ struct Path {
 
 impl Path {
     fn new(config: &TransportConfig, bytes: usize, client_sends: bool, seed: u64) -> Self {
-        let clock = SimClock::new();
-        let network = SimNetwork::new(clock.clone(), seed);
-        let plan = satellite(RATE_BPS, 300_000);
-        let (left, right) = (Prefix::new(CLIENT_HOST, 32), Prefix::new(SERVER_HOST, 32));
-        let link = network.add_link(left, right, plan.clone(), plan).expect("valid link");
+        let (clock, network, link) = linked(seed, satellite(RATE_BPS, 300_000));
         let (server_tls, client_tls) = tls();
         let host =
             |server, client, seed| SimHostConfig { config: config.clone(), server, client, seed };
@@ -164,14 +182,8 @@ impl Path {
     }
 
     fn run(&mut self, limit: Duration, mut is_done: impl FnMut() -> bool) {
-        let until = self.clock.elapsed() + limit;
-        run_while(
-            &mut [&mut self.client, &mut self.server],
-            &self.network,
-            &self.clock,
-            until,
-            &mut || !is_done(),
-        );
+        let Self { client, server, network, clock, .. } = self;
+        run_both([client, server], network, clock, limit, &mut is_done);
     }
 
     /// So many connections at once, and a while for their ends to be known.
@@ -333,5 +345,32 @@ fn who_only_acknowledges_learns_nothing() {
         let tries =
             receiver.resume_validated + receiver.resume_declined + receiver.resume_retreated;
         assert_eq!(tries, 0, "who only acknowledges knows no rate");
+    }
+}
+
+/// With post-quantum key exchange a ClientHello comes in two packets, the second of which brings the
+/// refusal while the first waits for `accept`: that connection never sends, and tries nothing.
+#[test]
+fn who_is_refused_leaves_the_trial_to_the_next() {
+    for congestion_control in BOTH {
+        let mut path = Path::new(&config(congestion_control, true), FULL_BYTES, false, 1);
+        path.transfer(1);
+        path.server.send_to_app(Box::new(LetWait));
+        let (app, _) = Bulk::new(0);
+        let at = SocketAddrV6::new(CLIENT_HOST, CLIENT.port() + 1, 0, 0);
+        let setup = SimHostConfig {
+            config: config(congestion_control, false),
+            server: None,
+            client: Some(tls_for(b"other").1),
+            seed: 9,
+        };
+        let mut stranger =
+            SimHost::new(&path.clock, path.network.open(at), setup, app).expect("stranger");
+        stranger.send_to_app(Box::new(()));
+        let Path { server, network, clock, .. } = &mut path;
+        run_both([&mut stranger, server], network, clock, Duration::from_secs(5), &mut || false);
+        let counters = path.server.counters();
+        assert_eq!((counters.incoming_failed, counters.accepted), (1, 1), "{counters:?}");
+        assert_eq!(first(&path.transfer(1)).phase, ResumePhase::Validated);
     }
 }

@@ -31,7 +31,8 @@ impl Protocol {
             Arc::new(server)
         });
         let accepted = self.endpoint.accept(incoming, now, &mut self.response_buffer, server);
-        self.tries_remembered(&remote, resume, accepted.as_ref().ok().map(|(_, made)| made));
+        let made = accepted.as_ref().ok().map(|(_, made)| made);
+        self.tries_remembered(&remote, resume, made.filter(|made| !made.is_closed()));
         match accepted {
             Ok((handle, mut connection)) => {
                 if connection.is_closed() {

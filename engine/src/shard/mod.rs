@@ -59,8 +59,8 @@ pub struct Turn {
     pub more: bool,
     /// When the shard must turn again if nothing arrives before.
     pub deadline: Option<Instant>,
-    /// After a turn without work: round trip of a connection that has data and waits for its pacer, which lets it go within
-    /// [`SPIN_UNTIL_PACED_US_MAX`].
+    /// After a turn without work: the round trip of a connection that has data and waits for its
+    /// pacer, which lets it go within [`SPIN_UNTIL_PACED_US_MAX`].
     pub paced_rtt: Option<Duration>,
     /// The shard has ended: everything is closed and flushed.
     pub ended: bool,

@@ -220,7 +220,7 @@ mod tests {
 
     /// What a shard does whose pacer lets go in `ahead_us`, after sleeps that ended `late_us` late.
     fn spins_for_pacer(late_us: u64, ahead_us: u64, rtt_us: u64) -> bool {
-        let mut spinner = Spinner::new(BusyPoll::Adaptive, Duration::ZERO.max(WINDOW));
+        let mut spinner = Spinner::new(BusyPoll::Adaptive, WINDOW);
         while spinner.credit > 0 {
             pause(&mut spinner, 1000);
         }

@@ -273,6 +273,11 @@ impl ShardApp for TestApp {
 
 /// TLS for both ends over one self-made certificate.
 pub fn tls() -> (Arc<QuicServerConfig>, Arc<QuicClientConfig>) {
+    tls_for(b"test")
+}
+
+/// [`tls`] for another application protocol.
+pub fn tls_for(alpn: &[u8]) -> (Arc<QuicServerConfig>, Arc<QuicClientConfig>) {
     let made = rcgen::generate_simple_self_signed(vec!["stoq.test".into()]).expect("certificate");
     let key = rustls_pki_types::PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -284,13 +289,13 @@ pub fn tls() -> (Arc<QuicServerConfig>, Arc<QuicClientConfig>) {
         .with_no_client_auth()
         .with_single_cert(vec![made.cert.der().clone()], key.into())
         .expect("server config");
-    server.alpn_protocols = vec![b"test".to_vec()];
+    server.alpn_protocols = vec![alpn.to_vec()];
     let mut client = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("TLS 1.3")
         .with_root_certificates(roots)
         .with_no_client_auth();
-    client.alpn_protocols = vec![b"test".to_vec()];
+    client.alpn_protocols = vec![alpn.to_vec()];
     (
         Arc::new(server.try_into().expect("QUIC server config")),
         Arc::new(client.try_into().expect("QUIC client config")),
@@ -332,18 +337,18 @@ impl Default for PairConfig {
     }
 }
 
+/// The client's and the server's network, with one link between them, alike in both directions.
+pub fn linked(seed: u64, plan: LinkConfig) -> (SimClock, SimNetwork, LinkId) {
+    let clock = SimClock::new();
+    let network = SimNetwork::new(clock.clone(), seed);
+    let (left, right) = (Prefix::new(CLIENT_HOST, 32), Prefix::new(SERVER_HOST, 32));
+    let link = network.add_link(left, right, plan.clone(), plan).expect("valid link");
+    (clock, network, link)
+}
+
 impl Pair {
     pub fn new(config: PairConfig, client_plan: Plan, server_plan: Plan) -> Self {
-        let clock = SimClock::new();
-        let network = SimNetwork::new(clock.clone(), config.seed);
-        let link = network
-            .add_link(
-                Prefix::new(CLIENT_HOST, 32),
-                Prefix::new(SERVER_HOST, 32),
-                config.link.clone(),
-                config.link,
-            )
-            .expect("valid link");
+        let (clock, network, link) = linked(config.seed, config.link);
         let (client_path, server_path) = (network.open(CLIENT), network.open(SERVER));
         if let Some(mtu) = config.interface_mtu {
             network.set_interface_mtu(client_path.id(), mtu);
@@ -404,16 +409,27 @@ impl Pair {
         let (client_log, server_log) = (self.client_log.clone(), self.server_log.clone());
         let mut is_done =
             || done(&client_log.lock().expect("log"), &server_log.lock().expect("log"));
-        let until = self.clock.elapsed() + limit;
-        run_while(
-            &mut [&mut self.client, &mut self.server],
+        run_both(
+            [&mut self.client, &mut self.server],
             &self.network,
             &self.clock,
-            until,
-            &mut || !is_done(),
+            limit,
+            &mut is_done,
         );
         is_done()
     }
+}
+
+/// Both ends go on until `is_done` says so or `limit` of virtual time has passed.
+pub fn run_both(
+    [client, server]: [&mut SimHost; 2],
+    network: &SimNetwork,
+    clock: &SimClock,
+    limit: Duration,
+    is_done: &mut dyn FnMut() -> bool,
+) {
+    let until = clock.elapsed() + limit;
+    run_while(&mut [client, server], network, clock, until, &mut || !is_done());
 }
 
 /// Bytes that differ everywhere, so that a displaced one shows.

@@ -20,9 +20,16 @@ pub(crate) struct Failure {
 pub(crate) fn of_log(log: &str) -> Vec<Failure> {
     let mut failures: Vec<Failure> = Vec::new();
     let (mut in_section, mut named) = (false, None);
+    // A case that runs its own executable once more and prints what that said.
+    let mut in_child = false;
     for line in log.lines() {
         let section = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"));
-        if let Some(case) = section {
+        let ends_child = section.is_some() || line.starts_with("$ ") || line.starts_with("xtask: ");
+        in_child = in_section && !ends_child && (in_child || is_start_of_run(line));
+        if in_child {
+            failures.last_mut().expect("a section is open").said.push(line.to_owned());
+            in_child = !line.starts_with("test result: ");
+        } else if let Some(case) = section {
             failures.retain(|known| known.case != case || !known.said.is_empty());
             failures.push(Failure { case: case.to_owned(), said: Vec::new() });
             in_section = true;
@@ -54,6 +61,11 @@ pub(crate) fn of_log(log: &str) -> Vec<Failure> {
         failure.said.drain(..drop);
     }
     failures
+}
+
+/// libtest's "running 1 test".
+fn is_start_of_run(line: &str) -> bool {
+    line.starts_with("running ") && (line.ends_with(" test") || line.ends_with(" tests"))
 }
 
 /// The lines that tell a reader what failed in a step.
@@ -101,6 +113,32 @@ mod tests {
             failures[1].said,
             ["seed 7", "thread 'pool::cold' panicked at engine/src/pool.rs:1:2:", "left: 1"]
         );
+    }
+
+    #[test]
+    fn what_a_child_said_belongs_to_the_case_that_ran_it() {
+        let log = "---- soak stdout ----\n\
+            thread 'soak' panicked at soak.rs:67:5:\n\
+            \n\
+            running 1 test\n\
+            test child ... FAILED\n\
+            \n\
+            failures:\n\
+            \n\
+            test result: FAILED. 0 passed; 1 failed\n\
+            thread 'child' panicked at soak.rs:9:1:\n\
+            in vain\n\
+            \n\
+            failures:\n\
+            test result: FAILED. 1 passed; 1 failed\n";
+        let failures = of_log(log);
+        assert_eq!(failures.len(), 1);
+        assert_eq!(failures[0].said.last().unwrap(), "in vain");
+        // A child that was killed ends no later than the next case.
+        let killed = "---- a stdout ----\nrunning 1 test\n---- b stdout ----\nout\n";
+        let cases: Vec<_> = of_log(killed).into_iter().map(|each| (each.case, each.said)).collect();
+        assert_eq!(cases[0], ("a".to_owned(), vec!["running 1 test".to_owned()]));
+        assert_eq!(cases[1], ("b".to_owned(), vec!["out".to_owned()]));
     }
 
     #[test]
