@@ -10,76 +10,50 @@
 #   cargo build --release -p stoq-bench
 #   scripts/measure-congestion.sh [ROUNDS [SECONDS]]
 #
+# ROUNDS 0 leaves out the first part.
+#
 # A virtual machine gives a core back late that has slept, which costs every sender of bursts some of a
 # shaped rate: for the second part loops at idle priority keep both cores awake (AWAKE=0: they sleep).
 #
 # Needs root and two free cores; deletes its namespaces at the end. Environment: BIN (directory of the
-# binary), RATE_MBIT (of the bucket), CC (what is measured, default bbr2), CORES (server's and client's).
+# binary), RATE_MBIT (of the bucket), CC (what is measured, default bbr2), CORES (server's and client's),
+# BUSY_POLL (what a shard without work does, default adaptive).
 set -euo pipefail
 
 rounds=${1:-5}
 seconds=${2:-3}
-bin=${BIN:-$(dirname "$0")/../target/release}
 rate_mbit=${RATE_MBIT:-1000}
 cc=${CC:-bbr2}
+busy_poll=${BUSY_POLL:-adaptive}
 read -ra cores <<<"${CORES:-2 3}"
-near=stoq-cc-near-$$
-far=stoq-cc-far-$$
-work=$(mktemp -d)
-server=
-loops=()
-
-end() {
-    [ -z "$server" ] || kill "$server" 2>/dev/null || true
-    [ ${#loops[@]} = 0 ] || kill "${loops[@]}" 2>/dev/null || true
-    ip netns del "$near" 2>/dev/null || true
-    ip netns del "$far" 2>/dev/null || true
-    rm -rf "$work"
-}
-trap end EXIT
-
-ip netns add "$near"
-ip netns add "$far"
-ip -n "$near" link add veth0 type veth peer name veth0 netns "$far"
-ip -n "$near" addr add fd00:58::1/64 dev veth0 nodad
-ip -n "$far" addr add fd00:58::2/64 dev veth0 nodad
-for netns in "$near" "$far"; do
-    ip -n "$netns" link set lo up
-    ip -n "$netns" link set veth0 up
-done
-sleep 0.5
+# shellcheck source-path=SCRIPTDIR source=two-hosts.sh
+source "$(dirname "$0")/two-hosts.sh"
+make_hosts 1 fd00:58 1500
 echo 'initial_window_packets = 1000' >"$work/wide.toml"
 # Less than the receiver's socket buffer holds, so that a window without bounds loses nothing there.
 echo 'receive_buffer_size = 2097152' >"$work/client.toml"
 
-# serve NAME OPTIONS...: starts a server and waits until it listens
-serve() {
-    local name=$1
-    shift
-    ip netns exec "$near" "$bin/stoq" serve --listen '[fd00:58::1]:4455' --datapath socket \
-        --cores "${cores[0]}" --udp-payload 1452 --json "$@" >"$work/$name" 2>"$work/$name.log" &
-    server=$!
-    for _ in $(seq 200); do
-        ! grep -q listening "$work/$name" || return 0
-        sleep 0.1
-    done
-    cat "$work/$name.log" >&2
-    exit 1
+both=(--datapath socket --udp-payload 1452 --busy-poll "$busy_poll")
+
+# serve_with OPTIONS...
+serve_with() {
+    serve server --listen '[fd00:58:0::1]:4455' --cores "${cores[0]}" "${both[@]}" "$@"
+    server=${children[-1]}
 }
 
 stop() {
     kill "$server"
     wait "$server" 2>/dev/null || true
-    server=
+    unset 'children[-1]'
 }
 
 # download SECONDS OPTIONS...: its result on stdout, one JSON object
 download() {
     local length=$1
     shift
-    ip netns exec "$far" "$bin/stoq" perf download --connect '[fd00:58::1]:4455' \
-        --seconds "$length" --danger-insecure --datapath socket --cores "${cores[1]}" \
-        --udp-payload 1452 --json "$@" 2>"$work/client.log" | tail -n 1 ||
+    ip netns exec "$far" "$bin/stoq" perf download --connect '[fd00:58:0::1]:4455' \
+        --seconds "$length" --danger-insecure --cores "${cores[1]}" "${both[@]}" \
+        --json "$@" 2>"$work/client.log" | tail -n 1 ||
         { cat "$work/client.log" >&2; return 1; }
 }
 
@@ -92,8 +66,8 @@ number() {
 measure() {
     local result
     case $1 in
-        window) serve server --cc newreno --config "$work/wide.toml" ;;
-        "$cc") serve server --cc "$cc" ;;
+        window) serve_with --cc newreno --config "$work/wide.toml" ;;
+        "$cc") serve_with --cc "$cc" ;;
     esac
     result=$(download "$seconds" --config "$work/client.toml")
     stop
@@ -110,7 +84,7 @@ for round in $(seq "$rounds"); do
         echo "$kind $bps" >>"$work/readings"
     done
 done
-paste -d' ' <(grep "^$cc " "$work/readings" | cut -d' ' -f2) \
+((rounds == 0)) || paste -d' ' <(grep "^$cc " "$work/readings" | cut -d' ' -f2) \
     <(grep '^window ' "$work/readings" | cut -d' ' -f2) |
     awk '{ print $1 / $2 }' | sort -n |
     awk -v cc="$cc" '{ v[NR] = $1 } END {
@@ -121,7 +95,7 @@ paste -d' ' <(grep "^$cc " "$work/readings" | cut -d' ' -f2) \
 if [ "${AWAKE:-1}" = 1 ]; then
     for core in "${cores[@]}"; do
         taskset -c "$core" chrt --idle 0 sh -c 'while :; do :; done' &
-        loops+=($!)
+        children+=($!)
     done
 fi
 tc -n "$near" qdisc add dev veth0 root tbf rate "${rate_mbit}mbit" burst 64kb limit 4000000
@@ -131,30 +105,32 @@ shaper() {
     tc -n "$near" -s -j qdisc show dev veth0 | number "$1"
 }
 
-serve server --cc "$cc"
+serve_with --cc "$cc"
 # The path's own round trip, µs: a request of 64 bytes and its answer.
-rtt_us=$(ip netns exec "$far" "$bin/stoq" perf requests --connect '[fd00:58::1]:4455' --seconds 1 \
-    --danger-insecure --datapath socket --cores "${cores[1]}" --udp-payload 1452 --json \
+rtt_us=$(ip netns exec "$far" "$bin/stoq" perf requests --connect '[fd00:58:0::1]:4455' --seconds 1 \
+    --danger-insecure --cores "${cores[1]}" "${both[@]}" --json \
     2>/dev/null | tail -n 1 | number p50)
 download 10 --config "$work/client.toml" >"$work/shaped" &
 client=$!
 sleep 3
-start=$(date +%s%N) sent=$(shaper bytes)
+start=$(date +%s%N) sent=$(shaper bytes) before=$(ticks)
 for _ in $(seq 200); do
     shaper backlog
     sleep 0.01
 done >"$work/backlog"
-passed=$(($(shaper bytes) - sent)) took_ns=$(($(date +%s%N) - start))
+passed=$(($(shaper bytes) - sent)) took_ns=$(($(date +%s%N) - start)) after=$(ticks)
 wait "$client"
 stop
 result=$(<"$work/shaped")
 sort -n "$work/backlog" |
     awk -v rate="$rate_mbit" -v passed="$passed" -v ns="$took_ns" -v rtt="$rtt_us" \
-        -v lost="$(number packets_lost <<<"$result")" -v quic="$(number rtt_us_p50 <<<"$result")" '
+        -v t="$before $after" -v lost="$(number packets_lost <<<"$result")" -v quic="$(number rtt_us_p50 <<<"$result")" '
         { v[NR] = $1 }
         END {
-            printf "tbf %d Mbit/s: %.1f %% of the rate passed, %s packets lost, RTT %d µs with data, %d without\n",
-                rate, 100 * passed * 8e9 / ns / (rate * 1e6), lost, quic, rtt
+            split(t, ticks, " ")
+            printf "tbf %d Mbit/s: %.1f %% of the rate passed, %s packets lost, RTT %d µs with data, %d without; steal %.0f %%\n",
+                rate, 100 * passed * 8e9 / ns / (rate * 1e6), lost, quic, rtt,
+                100 * (ticks[4] - ticks[2]) / (ticks[3] - ticks[1])
             printf "bytes waiting: p10 %d, p50 %d, p90 %d; the path without its queue holds %d (BDP)\n",
                 v[int(NR * 0.1) + 1], v[int(NR * 0.5) + 1], v[int(NR * 0.9)], rate * rtt / 8
         }'

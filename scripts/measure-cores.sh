@@ -17,52 +17,19 @@ set -euo pipefail
 
 rounds=${1:-5}
 seconds=${2:-3}
-bin=${BIN:-$(dirname "$0")/../target/release}
 connections=${CONNECTIONS:-16}
 mtu=${MTU:-1500}
 payload=${UDP_PAYLOAD:-$((mtu - 48))}
 read -ra datapaths <<<"${DATAPATHS:-socket io_uring af_xdp}"
-near=stoq-cores-near-$$
-far=stoq-cores-far-$$
-work=$(mktemp -d)
+# shellcheck source-path=SCRIPTDIR source=two-hosts.sh
+source "$(dirname "$0")/two-hosts.sh"
 readings=$work/readings
-servers=()
+make_hosts 2 fd00:57 "$mtu" 2
 
-end() {
-    ((${#servers[@]} == 0)) || kill "${servers[@]}" 2>/dev/null || true
-    ip netns del "$near" 2>/dev/null || true
-    ip netns del "$far" 2>/dev/null || true
-    rm -rf "$work"
-}
-trap end EXIT
-
-ip netns add "$near"
-ip netns add "$far"
-for pair in 0 1; do
-    ip -n "$near" link add "veth$pair" numrxqueues 2 numtxqueues 2 type veth \
-        peer name "veth$pair" netns "$far" numrxqueues 2 numtxqueues 2
-    ip -n "$near" addr add "fd00:57:$pair::1/64" dev "veth$pair" nodad
-    ip -n "$far" addr add "fd00:57:$pair::2/64" dev "veth$pair" nodad
-    for netns in "$near" "$far"; do
-        ip -n "$netns" link set lo up
-        ip -n "$netns" link set "veth$pair" mtu "$mtu" up
-    done
-done
-sleep 0.5
-
-# serve DATAPATH SHARDS CORES PAIR: starts a server and waits until it listens
-serve() {
-    local log=$work/server$4
-    ip netns exec "$near" "$bin/stoq" serve --listen "[fd00:57:$4::1]:4455" --datapath "$1" \
-        --iface "veth$4" --queues "$2" --cores "$3" --udp-payload "$payload" --json \
-        >"$work/stats$4" 2>"$log" &
-    servers+=($!)
-    for _ in $(seq 200); do
-        ! grep -q 'listening' "$log" "$work/stats$4" || return 0
-        sleep 0.1
-    done
-    cat "$log" >&2
-    exit 1
+# serve_on DATAPATH SHARDS CORES PAIR
+serve_on() {
+    serve "stats$4" --listen "[fd00:57:$4::1]:4455" --datapath "$1" --iface "veth$4" \
+        --queues "$2" --cores "$3" --udp-payload "$payload"
 }
 
 # download DATAPATH SHARDS CORES PAIR CONNECTIONS: its result in $work/client$4
@@ -75,11 +42,11 @@ download() {
 
 # stop: ends the servers, which tell their counters first
 stop() {
-    kill -USR1 "${servers[@]}"
+    kill -USR1 "${children[@]}"
     sleep 0.3
-    kill "${servers[@]}"
-    wait "${servers[@]}" 2>/dev/null || true
-    servers=()
+    kill "${children[@]}"
+    wait "${children[@]}" 2>/dev/null || true
+    children=()
 }
 
 # field NAME FILES...: the sum of a JSON number over the last line of each file, "unknown" without
@@ -91,20 +58,15 @@ field() {
     done | awk '/unknown/ { bad = 1 } { sum += $1 } END { print bad ? "unknown" : sum }'
 }
 
-# ticks: jiffies of all cores together, and those that were stolen
-ticks() {
-    awk '/^cpu / { for (i = 2; i <= 9; i++) all += $i; print all, $9 }' /proc/stat
-}
-
 # measure DATAPATH SETUP ROUND; SETUP is 1, 2 (shards a side) or control
 measure() {
     local datapath=$1 setup=$2 round=$3 clients=("$work/client0") stats=("$work/stats0") before after
     case $setup in
-        1) serve "$datapath" 1 2 0 ;;
-        2) serve "$datapath" 2 2,3 0 ;;
+        1) serve_on "$datapath" 1 2 0 ;;
+        2) serve_on "$datapath" 2 2,3 0 ;;
         control)
-            serve "$datapath" 1 2 0
-            serve "$datapath" 1 3 1
+            serve_on "$datapath" 1 2 0
+            serve_on "$datapath" 1 3 1
             clients+=("$work/client1") stats+=("$work/stats1")
             ;;
     esac

@@ -364,7 +364,9 @@ fn scripts(context: &mut Context, log: &Path) -> Result<Outcome> {
         let syntax = proc::run_to_log(Command::new("bash").arg("-n").arg(&script), log, limit)?;
         let style = match &shellcheck {
             Some(program) => {
-                proc::run_to_log(Command::new(program).arg(&script), log, limit)?.success()
+                let check =
+                    proc::run_to_log(Command::new(program).arg("-x").arg(&script), log, limit);
+                check?.success()
             }
             None => true,
         };
