@@ -175,6 +175,45 @@ impl RxBatch {
         self.datagrams.push(RxDatagram { remote, local, ecn, data });
     }
 
+    /// Copies the datagrams of one kernel message, `segment_bytes` each and the last one shorter,
+    /// as many as the batch has room for; returns how many bytes of `message` they are.
+    ///
+    /// They are copied together: each split of a slab is an atomic operation, which waits until all
+    /// that was written before has left the store buffer. A split after each datagram would wait for
+    /// the cache misses of that datagram alone.
+    ///
+    /// # Panics
+    /// If the batch is full: ask [`is_full`](Self::is_full) first; or `segment_bytes` is 0.
+    pub fn push_segments(
+        &mut self,
+        remote: SocketAddrV6,
+        local: Ipv6Addr,
+        ecn: Ecn,
+        message: &[u8],
+        segment_bytes: usize,
+    ) -> usize {
+        assert!(!self.is_full(), "RxBatch::push_segments on a full batch");
+        let mut taken = 0;
+        loop {
+            let rest = &message[taken..];
+            self.reserve(rest.len().min(segment_bytes));
+            let fit = (self.slab.capacity() - self.slab.len()) / segment_bytes;
+            let part = &rest[..rest.len().min(self.room().min(fit.max(1)) * segment_bytes)];
+            self.slab.put_slice(part);
+            taken += part.len();
+            loop {
+                let data = self.slab.split_to(self.slab.len().min(segment_bytes));
+                self.datagrams.push(RxDatagram { remote, local, ecn, data });
+                if self.slab.is_empty() {
+                    break;
+                }
+            }
+            if taken == message.len() || self.is_full() {
+                return taken;
+            }
+        }
+    }
+
     /// Adds a datagram that already owns its bytes.
     ///
     /// # Panics

@@ -13,7 +13,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::udp_socket::{
     Batcher, BufferShortfall, MessageCursor, MessageInfo, MtuProbe, OverrunCounter, PlainOutcome,
-    SocketConfig, SocketError, UdpSocket, count_drop, mode_name, transmit_verdict_for,
+    SocketConfig, SocketError, UNCOPIED_BYTES_MIN, UdpSocket, count_drop, mode_name,
+    transmit_verdict_for,
 };
 use super::{
     Capabilities, Datapath, DatapathCounters, DatapathEvent, DatapathKind, RxBatch, TxMeta,
@@ -105,12 +106,17 @@ impl SocketDatapath {
             if batch.is_full() {
                 return false;
             }
-            let message = rx.message(backlog.next);
             let started = backlog.cursor.take().or_else(|| {
-                MessageInfo::read(&message, bound, overrun, counters).map(MessageCursor::new)
+                let message = rx.message(backlog.next);
+                let info = MessageInfo::read(&message, bound, overrun, counters)?;
+                Some(if message.payload.len() >= UNCOPIED_BYTES_MIN {
+                    MessageCursor::owning(info, rx.take(backlog.next))
+                } else {
+                    MessageCursor::copying(info)
+                })
             });
             if let Some(mut cursor) = started
-                && !cursor.deliver(message.payload, batch, counters)
+                && !cursor.deliver(rx.message(backlog.next).payload, batch, counters)
             {
                 backlog.cursor = Some(cursor);
                 return false;

@@ -21,11 +21,12 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use bytes::{Buf as _, BytesMut};
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use super::raw_array::{RawArray, Zeroed};
-use super::udp::{CONTROL_BYTES, Message, SendSlots, socket_addr};
+use super::udp::{CONTROL_BYTES, Message, ReceiveBuffers, SendSlots, socket_addr};
 
 /// The layout of a completed multishot `recvmsg` buffer: this header (four `u32`:
 /// name, control and payload length, flags), then name, control and payload.
@@ -60,12 +61,10 @@ pub(crate) enum TaskRun {
 /// A completed operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Completion {
-    /// A message of `bytes` (prefix included) is in `buffer`.
+    /// A message is in `buffer`.
     Received {
         /// Buffer, to be given back.
         buffer: u16,
-        /// Bytes that the kernel wrote.
-        bytes: usize,
     },
     /// The multishot ended without a message; `errno` may be `ENOBUFS`.
     ReceiveEnded {
@@ -93,7 +92,7 @@ pub(crate) struct DatagramRing {
 /// What the kernel holds addresses of.
 struct Memory {
     entries: RawArray<BufRingEntry>,
-    buffers: RawArray<u8>,
+    buffers: ReceiveBuffers,
     template: RawArray<libc::msghdr>,
     slots: SendSlots,
     buffer_count: u16,
@@ -260,7 +259,14 @@ impl DatagramRing {
             }
             let buffer = cqueue::buffer_select(entry.flags());
             match (usize::try_from(entry.result()), buffer) {
-                (Ok(bytes), Some(buffer)) => return Some(Completion::Received { buffer, bytes }),
+                (Ok(bytes), Some(buffer)) => {
+                    // SAFETY: the kernel says that it wrote so many bytes where `prepare`, called
+                    // when it got the buffer, pointed to.
+                    unsafe {
+                        self.memory.buffers.filled(usize::from(buffer), bytes.min(BUFFER_BYTES))
+                    };
+                    return Some(Completion::Received { buffer });
+                }
                 (Ok(_), None) => {}
                 (Err(_), buffer) => {
                     if let Some(buffer) = buffer {
@@ -273,10 +279,18 @@ impl DatagramRing {
     }
 
     /// The message of a [`Completion::Received`]; `None` if it is not well formed.
-    pub(crate) fn message(&self, buffer: u16, bytes: usize) -> Option<Message<'_>> {
-        let start = usize::from(buffer) * BUFFER_BYTES;
-        let bytes = bytes.min(BUFFER_BYTES);
-        parse(self.memory.buffers.range(start..start + bytes))
+    pub(crate) fn message(&self, buffer: u16) -> Option<Message<'_>> {
+        parse(self.memory.buffers.bytes(usize::from(buffer)))
+    }
+
+    /// Takes the payload of a [`Completion::Received`] out, together with its memory; the buffer
+    /// has to be given back none the less. `None` where [`message`](Self::message) has none.
+    pub(crate) fn take(&mut self, buffer: u16) -> Option<BytesMut> {
+        let payload_bytes = self.message(buffer)?.payload.len();
+        let mut payload = self.memory.buffers.take(usize::from(buffer));
+        payload.advance(PREFIX_BYTES);
+        payload.truncate(payload_bytes);
+        Some(payload)
     }
 
     /// Returns a buffer to the kernel.
@@ -311,7 +325,7 @@ impl DatagramRing {
                 return false;
             }
             while let Some(completion) = self.next_completion() {
-                if let Completion::Received { buffer, .. } = completion {
+                if let Completion::Received { buffer } = completion {
                     self.give_back(buffer);
                 }
             }
@@ -356,7 +370,7 @@ impl Memory {
         template.at_mut(0).msg_controllen = CONTROL_BYTES as _;
         Self {
             entries: RawArray::new(count),
-            buffers: RawArray::new(count * BUFFER_BYTES),
+            buffers: ReceiveBuffers::new(count, BUFFER_BYTES),
             template,
             slots: SendSlots::new(slots),
             buffer_count,
@@ -366,7 +380,7 @@ impl Memory {
 
     fn give_back(&mut self, buffer: u16) {
         assert!(buffer < self.buffer_count, "buffer {buffer} of {}", self.buffer_count);
-        let address = self.buffers.pointer(usize::from(buffer) * BUFFER_BYTES) as u64;
+        let address = self.buffers.prepare(usize::from(buffer)) as u64;
         let index = usize::from(self.tail & (self.buffer_count - 1));
         let entry = self.entries.at_mut(index);
         entry.set_addr(address);

@@ -20,7 +20,8 @@ use rustix::event::{PollFd, PollFlags};
 use super::socket::poll_until;
 use super::udp_socket::{
     Batcher, BufferShortfall, MessageCursor, MessageInfo, MtuProbe, OverrunCounter, PlainOutcome,
-    SocketConfig, SocketError, UdpSocket, count_drop, mode_name, transmit_verdict_for,
+    SocketConfig, SocketError, UNCOPIED_BYTES_MIN, UdpSocket, count_drop, mode_name,
+    transmit_verdict_for,
 };
 use super::{
     Capabilities, Datapath, DatapathCounters, DatapathEvent, DatapathKind, RxBatch, TxMeta,
@@ -32,7 +33,6 @@ use crate::sys::uring::{Completion, DatagramRing};
 #[derive(Debug)]
 struct Unfinished {
     buffer: u16,
-    bytes: usize,
     cursor: MessageCursor,
 }
 
@@ -129,12 +129,12 @@ impl IoUringDatapath {
     /// Consumes completions until the batch is full or none lies in memory.
     fn reap(&mut self, batch: &mut RxBatch) {
         if let Some(unfinished) = self.unfinished.take() {
-            self.deliver(unfinished.buffer, unfinished.bytes, Some(unfinished.cursor), batch);
+            self.deliver(unfinished.buffer, Some(unfinished.cursor), batch);
         }
         while !batch.is_full() && self.unfinished.is_none() {
             let Some(completion) = self.ring.next_completion() else { return };
             match completion {
-                Completion::Received { buffer, bytes } => self.deliver(buffer, bytes, None, batch),
+                Completion::Received { buffer } => self.deliver(buffer, None, batch),
                 // ENOBUFS: all buffers were in use. As after the other passing
                 // causes, the receive is armed again once this is consumed.
                 Completion::ReceiveEnded {
@@ -152,33 +152,34 @@ impl IoUringDatapath {
         self.event = Some(DatapathEvent::Failed(format!("io_uring recvmsg: {error}")));
     }
 
-    fn deliver(
-        &mut self,
-        buffer: u16,
-        bytes: usize,
-        started: Option<MessageCursor>,
-        batch: &mut RxBatch,
-    ) {
+    fn deliver(&mut self, buffer: u16, started: Option<MessageCursor>, batch: &mut RxBatch) {
+        let cursor = started.or_else(|| self.start(buffer));
+        let Self { ring, counters, .. } = self;
+        let payload = ring.message(buffer).map_or(&[][..], |message| message.payload);
+        if let Some(mut cursor) = cursor
+            && !cursor.deliver(payload, batch, counters)
+        {
+            self.unfinished = Some(Unfinished { buffer, cursor });
+            return;
+        }
+        ring.give_back(buffer);
+    }
+
+    /// A message that has just arrived; `None` (counted) if it must be dropped.
+    fn start(&mut self, buffer: u16) -> Option<MessageCursor> {
         let bound = *self.socket.local().ip();
         let Self { ring, overrun, counters, .. } = self;
-        let cursor = match ring.message(buffer, bytes) {
-            Some(message) => {
-                let cursor = started.or_else(|| {
-                    MessageInfo::read(&message, bound, overrun, counters).map(MessageCursor::new)
-                });
-                cursor.and_then(|mut cursor| {
-                    (!cursor.deliver(message.payload, batch, counters)).then_some(cursor)
-                })
-            }
-            None => {
-                counters.rx_drop_malformed += 1;
-                None
-            }
+        let Some(message) = ring.message(buffer) else {
+            counters.rx_drop_malformed += 1;
+            return None;
         };
-        match cursor {
-            Some(cursor) => self.unfinished = Some(Unfinished { buffer, bytes, cursor }),
-            None => self.ring.give_back(buffer),
+        let info = MessageInfo::read(&message, bound, overrun, counters)?;
+        if message.payload.len() >= UNCOPIED_BYTES_MIN
+            && let Some(payload) = ring.take(buffer)
+        {
+            return Some(MessageCursor::owning(info, payload));
         }
+        Some(MessageCursor::copying(info))
     }
 
     fn sent(&mut self, slot: usize, result: Result<(), i32>) {

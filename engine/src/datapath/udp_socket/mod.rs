@@ -10,7 +10,7 @@ mod receive;
 mod send;
 
 pub(crate) use mtu::MtuProbe;
-pub(crate) use receive::{MessageCursor, MessageInfo, OverrunCounter};
+pub(crate) use receive::{MessageCursor, MessageInfo, OverrunCounter, UNCOPIED_BYTES_MIN};
 pub(crate) use send::{Batcher, PlainOutcome, count_drop, transmit_verdict_for};
 
 use std::io;

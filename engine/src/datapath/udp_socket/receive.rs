@@ -2,7 +2,9 @@
 
 use std::net::{Ipv6Addr, SocketAddrV6};
 
-use crate::datapath::{DatapathCounters, Ecn, RxBatch};
+use bytes::BytesMut;
+
+use crate::datapath::{DatapathCounters, Ecn, RxBatch, RxDatagram};
 use crate::sys::udp::{ControlReader, Message, SO_RXQ_OVFL};
 
 /// Turns the socket's cumulative 32-bit drop count into a total.
@@ -91,43 +93,72 @@ fn integer(data: &[u8]) -> Option<u32> {
     data.first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes))
 }
 
+/// A message from this size on is handed out where the kernel wrote it, bytes; a smaller one is
+/// copied, so that what the application keeps of it does not hold a receive buffer of 64 kB.
+pub(crate) const UNCOPIED_BYTES_MIN: usize = 48 * 1024;
+
 /// A message on its way into batches; survives a full batch.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct MessageCursor {
     info: MessageInfo,
-    offset: usize,
+    rest: Rest,
+}
+
+/// What of a message is not in a batch yet.
+#[derive(Debug)]
+enum Rest {
+    /// From this offset on, in the buffer that it was received into.
+    InPlace(usize),
+    /// The message's own memory.
+    Owned(BytesMut),
 }
 
 impl MessageCursor {
-    /// Starts at the first datagram.
-    pub(crate) const fn new(info: MessageInfo) -> Self {
-        Self { info, offset: 0 }
+    /// A message whose payload is copied into the batch.
+    pub(crate) const fn copying(info: MessageInfo) -> Self {
+        Self { info, rest: Rest::InPlace(0) }
     }
 
-    /// Moves datagrams of `payload` into `batch`; true when all of them are
-    /// there, false when the batch became full first.
+    /// A message that owns its payload, which is not empty.
+    pub(crate) const fn owning(info: MessageInfo, payload: BytesMut) -> Self {
+        Self { info, rest: Rest::Owned(payload) }
+    }
+
+    /// Moves datagrams into `batch`; true when all of them are there, false when the batch became
+    /// full first. `payload` is the message's, for one that is copied.
     pub(crate) fn deliver(
         &mut self,
         payload: &[u8],
         batch: &mut RxBatch,
         counters: &mut DatapathCounters,
     ) -> bool {
-        let info = &self.info;
-        loop {
-            if batch.is_full() {
-                return false;
-            }
-            let rest = &payload[self.offset..];
-            let segment = &rest[..rest.len().min(info.segment_bytes)];
-            batch.push(info.remote, info.local, info.ecn, &[segment]);
-            self.offset += segment.len();
-            counters.rx_datagrams += 1;
-            counters.rx_bytes += segment.len() as u64;
-            counters.copied_bytes += segment.len() as u64;
-            if self.offset >= payload.len() {
-                return true;
-            }
+        if batch.is_full() {
+            return false;
         }
+        let MessageInfo { remote, local, ecn, segment_bytes } = self.info;
+        let held = batch.len();
+        let (taken, ended) = match &mut self.rest {
+            Rest::InPlace(offset) => {
+                let rest = &payload[*offset..];
+                let taken = batch.push_segments(remote, local, ecn, rest, segment_bytes);
+                *offset += taken;
+                counters.copied_bytes += taken as u64;
+                (taken, *offset == payload.len())
+            }
+            Rest::Owned(rest) => {
+                let before = rest.len();
+                while !rest.is_empty() && !batch.is_full() {
+                    let last = rest.len() <= segment_bytes;
+                    let data =
+                        if last { std::mem::take(rest) } else { rest.split_to(segment_bytes) };
+                    batch.push_owned(RxDatagram { remote, local, ecn, data });
+                }
+                (before - rest.len(), rest.is_empty())
+            }
+        };
+        counters.rx_datagrams += (batch.len() - held) as u64;
+        counters.rx_bytes += taken as u64;
+        ended
     }
 }
 
@@ -136,27 +167,49 @@ mod tests {
     use super::*;
 
     fn cursor(segment_bytes: usize) -> MessageCursor {
-        MessageCursor::new(MessageInfo {
+        MessageCursor::copying(info(segment_bytes))
+    }
+
+    fn info(segment_bytes: usize) -> MessageInfo {
+        MessageInfo {
             remote: SocketAddrV6::new(Ipv6Addr::LOCALHOST, 7, 0, 0),
             local: Ipv6Addr::LOCALHOST,
             ecn: Ecn::Ce,
             segment_bytes,
-        })
+        }
     }
 
     #[test]
     fn a_full_batch_keeps_the_rest_for_the_next_turn() {
         let payload: Vec<u8> = (0..25).collect();
-        let mut counters = DatapathCounters::default();
-        let mut batch = RxBatch::new(2, 4096);
-        let mut cursor = cursor(10);
-        assert!(!cursor.deliver(&payload, &mut batch, &mut counters));
-        let first: Vec<_> = batch.drain().map(|datagram| datagram.data.to_vec()).collect();
-        assert_eq!(first, [payload[..10].to_vec(), payload[10..20].to_vec()]);
-        assert!(cursor.deliver(&payload, &mut batch, &mut counters));
-        let second: Vec<_> = batch.drain().map(|datagram| datagram.data.to_vec()).collect();
-        assert_eq!(second, [payload[20..].to_vec()]);
-        assert_eq!((counters.rx_datagrams, counters.rx_bytes), (3, 25));
+        let owned = MessageCursor::owning(info(10), BytesMut::from(payload.as_slice()));
+        for (mut cursor, copied_bytes) in [(cursor(10), 25), (owned, 0)] {
+            let mut counters = DatapathCounters::default();
+            let mut batch = RxBatch::new(2, 4096);
+            assert!(!cursor.deliver(&payload, &mut batch, &mut counters));
+            let first: Vec<_> = batch.drain().map(|datagram| datagram.data.to_vec()).collect();
+            assert_eq!(first, [payload[..10].to_vec(), payload[10..20].to_vec()]);
+            assert!(cursor.deliver(&payload, &mut batch, &mut counters));
+            let second: Vec<_> = batch.drain().map(|datagram| datagram.data.to_vec()).collect();
+            assert_eq!(second, [payload[20..].to_vec()]);
+            assert_eq!((counters.rx_datagrams, counters.rx_bytes), (3, 25));
+            assert_eq!(counters.copied_bytes, copied_bytes);
+        }
+    }
+
+    #[test]
+    fn segments_over_several_slabs() {
+        let payload: Vec<u8> = (0..=255).cycle().take(1000).collect();
+        // Slabs of two and a half segments, of less than one, and of all of them.
+        for slab_bytes in [250, 7, 5000] {
+            let mut counters = DatapathCounters::default();
+            let mut batch = RxBatch::new(64, slab_bytes);
+            assert!(cursor(100).deliver(&payload, &mut batch, &mut counters));
+            assert!(cursor(100).deliver(&payload[..130], &mut batch, &mut counters));
+            let expected = payload.chunks(100).chain(payload[..130].chunks(100));
+            assert!(batch.drain().map(|datagram| datagram.data).eq(expected), "{slab_bytes}");
+            assert_eq!((counters.rx_datagrams, counters.rx_bytes), (12, 1130));
+        }
     }
 
     #[test]

@@ -3,10 +3,12 @@
 //! [`SendSlots`] and [`ReceiveArray`] own every byte whose address the kernel
 //! is given, at fixed addresses; they are the only users of `unsafe` here.
 
+mod buffer;
 mod control;
 mod receive;
 mod send;
 
+pub(crate) use buffer::ReceiveBuffers;
 pub(crate) use control::{CONTROL_BYTES, ControlReader};
 pub(crate) use receive::{Message, ReceiveArray, socket_addr};
 pub(crate) use send::{MessageAddressing, SendSlots};

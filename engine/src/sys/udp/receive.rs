@@ -6,6 +6,9 @@ use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
+use bytes::BytesMut;
+
+use super::buffer::ReceiveBuffers;
 use super::control::CONTROL_BYTES;
 use crate::sys::raw_array::RawArray;
 
@@ -41,7 +44,7 @@ pub(crate) struct ReceiveArray {
     iovecs: RawArray<libc::iovec>,
     names: RawArray<libc::sockaddr_in6>,
     controls: RawArray<u8>,
-    memory: RawArray<u8>,
+    buffers: ReceiveBuffers,
     buffer_bytes: usize,
     filled: usize,
 }
@@ -54,15 +57,12 @@ impl ReceiveArray {
             iovecs: RawArray::new(count),
             names: RawArray::new(count),
             controls: RawArray::new(count * CONTROL_BYTES),
-            memory: RawArray::new(count * buffer_bytes),
+            buffers: ReceiveBuffers::new(count, buffer_bytes),
             buffer_bytes,
             filled: 0,
         };
         for index in 0..count {
-            *array.iovecs.at_mut(index) = libc::iovec {
-                iov_base: array.memory.pointer(index * buffer_bytes).cast(),
-                iov_len: buffer_bytes,
-            };
+            array.iovecs.at_mut(index).iov_len = buffer_bytes;
             let (name, iovec) = (array.names.pointer(index), array.iovecs.pointer(index));
             let control = array.controls.pointer(index * CONTROL_BYTES);
             let header = &mut array.headers.at_mut(index).msg_hdr;
@@ -89,10 +89,11 @@ impl ReceiveArray {
             header.msg_namelen = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
             header.msg_controllen = CONTROL_BYTES as _;
             header.msg_flags = 0;
+            self.iovecs.at_mut(index).iov_base = self.buffers.prepare(index).cast();
         }
         self.filled = 0;
         // SAFETY: every header points to a name, an iovec, a control buffer and a
-        // payload buffer of the stated sizes inside our own arrays, which nothing
+        // payload buffer of the stated sizes, which are ours and which nothing
         // else refers to during the call; a null timeout is allowed.
         let received = unsafe {
             libc::recvmmsg(
@@ -104,6 +105,11 @@ impl ReceiveArray {
             )
         };
         self.filled = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+        for index in 0..self.filled {
+            let bytes = (self.headers.at(index).msg_len as usize).min(self.buffer_bytes);
+            // SAFETY: the kernel says that it wrote so many bytes where `prepare` pointed to.
+            unsafe { self.buffers.filled(index, bytes) };
+        }
         Ok(self.filled)
     }
 
@@ -113,17 +119,24 @@ impl ReceiveArray {
     /// If that call did not fill it.
     pub(crate) fn message(&self, index: usize) -> Message<'_> {
         assert!(index < self.filled, "message {index} of {} received", self.filled);
-        let entry = self.headers.at(index);
-        let header = &entry.msg_hdr;
-        let payload_bytes = (entry.msg_len as usize).min(self.buffer_bytes);
-        let payload = index * self.buffer_bytes;
+        let header = &self.headers.at(index).msg_hdr;
         let control = index * CONTROL_BYTES;
         let control_bytes = header.msg_controllen.min(CONTROL_BYTES);
         Message {
             remote: socket_addr(self.names.at(index)),
             control: self.controls.range(control..control + control_bytes),
-            payload: self.memory.range(payload..payload + payload_bytes),
+            payload: self.buffers.bytes(index),
             truncated: header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0,
         }
+    }
+
+    /// Takes the payload of message `index` out, together with its memory; the message has none
+    /// from now on.
+    ///
+    /// # Panics
+    /// If the last [`receive`](Self::receive) did not fill it.
+    pub(crate) fn take(&mut self, index: usize) -> BytesMut {
+        assert!(index < self.filled, "message {index} of {} received", self.filled);
+        self.buffers.take(index)
     }
 }
