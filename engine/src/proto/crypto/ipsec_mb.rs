@@ -1,5 +1,7 @@
 //! Packet protection by ipsec-mb in rustls's terms (RFC 9001 §5.3 and §5.4).
 
+use std::sync::OnceLock;
+
 use rustls::crypto::cipher::{AeadKey, Iv};
 use rustls::quic::{Algorithm, HeaderProtectionKey, PacketKey, Tag};
 use rustls::{Error, SupportedCipherSuite};
@@ -39,9 +41,7 @@ impl IpsecMbAlgorithm {
 
 impl Algorithm for IpsecMbAlgorithm {
     fn packet_key(&self, key: AeadKey, iv: Iv) -> Box<dyn PacketKey> {
-        let mut nonce = [0; NONCE_BYTES];
-        nonce.copy_from_slice(iv.as_ref());
-        Box::new(IpsecMbPacketKey { key: GcmKey::new(self.library, key.as_ref()), iv: nonce })
+        Box::new(IpsecMbPacketKey::new(self.library, key, &iv))
     }
 
     fn header_protection_key(&self, key: AeadKey) -> Box<dyn HeaderProtectionKey> {
@@ -58,11 +58,26 @@ impl Algorithm for IpsecMbAlgorithm {
 
 /// One direction's key of one generation.
 struct IpsecMbPacketKey {
-    key: GcmKey,
+    /// Made with the first packet: a connection holds the keys of its next generation from the
+    /// handshake on, and few live long enough to use them.
+    expanded: OnceLock<Box<GcmKey>>,
+    library: &'static IpsecMb,
+    key: AeadKey,
     iv: [u8; NONCE_BYTES],
 }
 
 impl IpsecMbPacketKey {
+    fn new(library: &'static IpsecMb, key: AeadKey, iv: &Iv) -> Self {
+        let mut nonce = [0; NONCE_BYTES];
+        nonce.copy_from_slice(iv.as_ref());
+        Self { expanded: OnceLock::new(), library, key, iv: nonce }
+    }
+
+    #[inline]
+    fn expanded(&self) -> &GcmKey {
+        self.expanded.get_or_init(|| Box::new(GcmKey::new(self.library, self.key.as_ref())))
+    }
+
     /// The packet number, big-endian, over the IV's end (RFC 9001 §5.3).
     #[inline]
     fn nonce(&self, packet_number: u64) -> [u8; NONCE_BYTES] {
@@ -82,7 +97,7 @@ impl PacketKey for IpsecMbPacketKey {
         header: &[u8],
         payload: &mut [u8],
     ) -> Result<Tag, Error> {
-        let tag = self.key.seal_in_place(&self.nonce(packet_number), header, payload);
+        let tag = self.expanded().seal_in_place(&self.nonce(packet_number), header, payload);
         Ok(Tag::from(tag.as_slice()))
     }
 
@@ -95,7 +110,7 @@ impl PacketKey for IpsecMbPacketKey {
         let Some((data, received)) = payload.split_last_chunk_mut::<TAG_BYTES>() else {
             return Err(Error::DecryptError);
         };
-        let tag = self.key.open_in_place(&self.nonce(packet_number), header, data);
+        let tag = self.expanded().open_in_place(&self.nonce(packet_number), header, data);
         // One comparison of the whole: its time does not tell how much is right.
         if u128::from_ne_bytes(tag) == u128::from_ne_bytes(*received) {
             return Ok(data);
@@ -178,5 +193,28 @@ impl HeaderProtectionKey for IpsecMbHeaderKey {
 
     fn sample_len(&self) -> usize {
         SAMPLE_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::crypto::ipsec_mb_version;
+
+    #[test]
+    fn a_key_is_expanded_with_its_first_packet() {
+        if ipsec_mb_version().is_err() {
+            // The tests of both providers say so.
+            return;
+        }
+        let library = IpsecMb::load().expect("found");
+        let key = IpsecMbPacketKey::new(library, AeadKey::from([7; 32]), &Iv::from([1; 12]));
+        assert!(key.expanded.get().is_none());
+        let mut payload = *b"payload";
+        let tag = key.encrypt_in_place(1, b"header", &mut payload).expect("sealed");
+        let first: *const GcmKey = &raw const **key.expanded.get().expect("expanded");
+        let mut sealed = [payload.as_slice(), tag.as_ref()].concat();
+        assert_eq!(key.decrypt_in_place(1, b"header", &mut sealed).expect("opened"), b"payload");
+        assert_eq!(&raw const **key.expanded.get().expect("kept"), first);
     }
 }
