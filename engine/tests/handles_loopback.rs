@@ -416,8 +416,9 @@ fn shutdown_in_the_middle_of_everything() {
             let start = Instant::now();
             let grace = Duration::from_millis(grace_ms);
             let report = pair.server.shutdown_blocking(grace, VarInt::from_u32(5), b"stop");
-            assert!(start.elapsed() >= grace && start.elapsed() < grace + Duration::from_secs(2));
-            assert_eq!(report.connections_at_order, 1);
+            // That it did not wait for the stream, which never ends, is seen below: it cut it off.
+            assert!(start.elapsed() >= grace, "{:?}", start.elapsed());
+            assert_eq!((report.connections_at_order, report.connections_cut_off), (1, 1));
             let lost = |error: &ConnectionError| match error {
                 ConnectionError::ClosedByPeer { code, .. } => *code == VarInt::from_u32(5),
                 _ => false,
