@@ -36,6 +36,25 @@ pub fn write_head(datagram: &mut [u8], wants_echo: bool, time_ns: u64, received:
     datagram[9..DATAGRAM_HEAD_BYTES].copy_from_slice(&received.to_be_bytes());
 }
 
+/// A datagram of `size` bytes that asks for no echo: they are all alike, and a stack that sends
+/// shared bytes needs no buffer for them. `None`: more than a UDP datagram carries.
+#[must_use]
+pub fn plain_datagram(size: usize) -> Option<&'static [u8]> {
+    static ZEROS: [u8; u16::MAX as usize] = [0; u16::MAX as usize];
+    ZEROS.get(..size)
+}
+
+/// A datagram of `size` bytes that asks for an echo.
+///
+/// # Panics
+/// If `size` is below [`DATAGRAM_HEAD_BYTES`].
+#[must_use]
+pub fn asking_datagram(size: usize, time_ns: u64) -> Vec<u8> {
+    let mut datagram = vec![0; size];
+    write_head(&mut datagram, true, time_ns, 0);
+    datagram
+}
+
 /// A datagram's head: whether an echo is wanted, the time, the count. `None`: too short to be one.
 #[must_use]
 pub fn read_head(datagram: &[u8]) -> Option<(bool, u64, u64)> {

@@ -13,7 +13,7 @@ use stoq_measure::peer::{self, Cli, Command, Common, Run, Serve, Workload};
 use stoq_measure::window::Window;
 use stoq_measure::wire::{
     CHUNK_BYTES, CountReader, DatagramSink, ECHO_EVERY, SOCKET_BUFFER_BYTES, WINDOW_BYTES,
-    read_head, request, write_head,
+    asking_datagram, plain_datagram, read_head, request,
 };
 
 use super::q::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -355,11 +355,14 @@ async fn datagrams(connection: &Connection, size: usize, window: &Shared) -> any
     let epoch = Instant::now();
     let sending = async {
         let mut sent = 0u64;
+        let plain = plain_datagram(size).context("more than UDP carries")?;
         loop {
-            let mut datagram = vec![0; size];
-            let time_ns = epoch.elapsed().as_nanos() as u64;
-            write_head(&mut datagram, sent.is_multiple_of(ECHO_EVERY), time_ns, 0);
-            connection.send_datagram_wait(Bytes::from(datagram)).await?;
+            let datagram = if sent.is_multiple_of(ECHO_EVERY) {
+                Bytes::from(asking_datagram(size, epoch.elapsed().as_nanos() as u64))
+            } else {
+                Bytes::from_static(plain)
+            };
+            connection.send_datagram_wait(datagram).await?;
             sent += 1;
             if sent.is_multiple_of(ECHO_EVERY) {
                 if !lock(window).tick()? {

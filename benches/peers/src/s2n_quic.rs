@@ -19,7 +19,7 @@ use stoq_measure::peer::{self, Cli, Command, Common, Run, Serve, Workload};
 use stoq_measure::window::Window;
 use stoq_measure::wire::{
     ALPN, CHUNK_BYTES, CountReader, DatagramSink, ECHO_EVERY, SOCKET_BUFFER_BYTES, WINDOW_BYTES,
-    read_head, request, write_head,
+    asking_datagram, plain_datagram, read_head, request,
 };
 use stoq_peers::CertificateFiles;
 
@@ -364,11 +364,13 @@ async fn datagrams(connection: &Connection, size: usize, window: &Shared) -> any
     let epoch = Instant::now();
     let sending = async {
         let mut sent = 0u64;
+        let plain = plain_datagram(size).context("more than UDP carries")?;
         loop {
-            let mut datagram = vec![0; size];
-            let time_ns = epoch.elapsed().as_nanos() as u64;
-            write_head(&mut datagram, sent.is_multiple_of(ECHO_EVERY), time_ns, 0);
-            let mut datagram = Bytes::from(datagram);
+            let mut datagram = if sent.is_multiple_of(ECHO_EVERY) {
+                Bytes::from(asking_datagram(size, epoch.elapsed().as_nanos() as u64))
+            } else {
+                Bytes::from_static(plain)
+            };
             std::future::poll_fn(|cx| {
                 match handle.datagram_mut(|sender: &mut datagram::Sender| {
                     sender.poll_send_datagram(&mut datagram, cx)

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args as ClapArgs;
 use stoq::app::{ConnId, ShardCx};
@@ -53,6 +54,8 @@ struct Source {
 
 struct Datagrams {
     size: usize,
+    /// A datagram that asks for no echo: the same bytes each time.
+    plain: Bytes,
     rate: f64,
     epoch: Instant,
     sources: HashMap<ConnId, Source>,
@@ -79,10 +82,13 @@ impl Datagrams {
             }
             let intended = source.pace.next_at().unwrap_or(now);
             let wants_echo = source.sent.is_multiple_of(wire::ECHO_EVERY);
-            let mut datagram = vec![0; self.size];
-            let time_ns = (intended - self.epoch).as_nanos() as u64;
-            wire::write_head(&mut datagram, wants_echo, time_ns, 0);
-            match cx.send_datagram(conn, Bytes::from(datagram)) {
+            let datagram = if wants_echo {
+                let time_ns = (intended - self.epoch).as_nanos() as u64;
+                Bytes::from(wire::asking_datagram(self.size, time_ns))
+            } else {
+                self.plain.clone()
+            };
+            match cx.send_datagram(conn, datagram) {
                 Ok(()) => {
                     source.sent += 1;
                     source.pace.take(now);
@@ -156,12 +162,20 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         "--size: a datagram has at least {} bytes",
         wire::DATAGRAM_HEAD_BYTES
     );
+    let plain =
+        wire::plain_datagram(args.size).context("--size: UDP carries at most 65535 bytes")?;
     let plan = Plan {
         workload: "datagrams",
         connections: args.connections,
         crypto: run::plain_crypto(&args.run)?,
     };
     let (size, rate, epoch) = (args.size, args.rate, Instant::now());
-    let make = move |_shard| Datagrams { size, rate, epoch, sources: HashMap::new() };
+    let make = move |_shard| Datagrams {
+        size,
+        plain: Bytes::from_static(plain),
+        rate,
+        epoch,
+        sources: HashMap::new(),
+    };
     run::run(&args.run, plan, make, |_counts| {})
 }
