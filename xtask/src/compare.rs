@@ -5,9 +5,10 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::machine::Machine;
 use crate::terminal::Terminal;
 use crate::workspace::Workspace;
-use crate::{interrupt, proc};
+use crate::{interrupt, packages, proc};
 
 /// Peers, and the feature of stoq-peers that builds each (none: always built).
 const PEERS: [(&str, Option<&str>); 8] = [
@@ -21,12 +22,18 @@ const PEERS: [(&str, Option<&str>); 8] = [
     ("tcp", None),
 ];
 
+/// Peers that build a C library.
+const NEED_C: [&str; 2] = ["quiche", "tquic"];
+
 /// Options of `cargo xtask compare`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct CompareArgs {
     /// Peers to build and run, comma-separated; `none`: STOQ alone. Default: all.
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
+    /// Install what building the peers needs without asking.
+    #[arg(long)]
+    yes: bool,
     /// Everything else goes to `stoq compare`: see its `--help`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
@@ -38,8 +45,14 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
     let mut terminal = Terminal::new(false);
     let workspace = Workspace::load()?;
     proc::run_visibly(workspace.cargo().args(["build", "--release", "--package", "stoq-bench"]))?;
+    let wanted_peers = wanted(&args.peers)?;
+    if wanted_peers.iter().any(|(peer, _)| NEED_C.contains(peer)) {
+        // Without it those peers are left out, and that is said.
+        let needs = packages::peer_needs();
+        packages::install_optional(&mut terminal, &Machine::inspect()?, &needs, args.yes)?;
+    }
     let mut built = Vec::new();
-    for (peer, feature) in wanted(&args.peers)? {
+    for (peer, feature) in wanted_peers {
         match build(&workspace, feature) {
             Ok(()) => built.push(peer),
             Err(error) => {

@@ -1,6 +1,7 @@
 //! The system's package manager, and what the commands need from it.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
@@ -82,12 +83,16 @@ enum Probe {
     Library(&'static str),
     /// A library that the dynamic linker knows.
     SharedLibrary(&'static str),
+    /// libclang, as bindgen looks for it: with or without a version in its name, and in LLVM's own
+    /// directories, which the dynamic linker may not know.
+    Libclang,
 }
 
 impl Probe {
     fn name(self) -> &'static str {
         match self {
             Self::Program(name) | Self::Library(name) | Self::SharedLibrary(name) => name,
+            Self::Libclang => "libclang",
         }
     }
 
@@ -99,6 +104,10 @@ impl Probe {
                 proc::output(Command::new(program).arg("-p"))
                     .is_ok_and(|listed| listed.contains(name))
             }),
+            Self::Libclang => {
+                std::env::var_os("LIBCLANG_PATH").is_some()
+                    || library_directories().iter().any(|directory| holds_libclang(directory))
+            }
             Self::Library(name) => ["pkg-config", "pkgconf"].iter().any(|program| {
                 proc::find_program(program).is_some_and(|path| {
                     proc::output(Command::new(path).args(["--exists", name])).is_ok()
@@ -106,6 +115,33 @@ impl Probe {
             }),
         }
     }
+}
+
+/// Where distributions keep shared libraries, one level of subdirectories included:
+/// `/usr/lib/x86_64-linux-gnu`, `/usr/lib/llvm-14/lib`.
+fn library_directories() -> Vec<PathBuf> {
+    let mut directories = Vec::new();
+    for root in ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64"].map(Path::new) {
+        directories.push(root.to_owned());
+        for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
+            directories.push(entry.path());
+            directories.push(entry.path().join("lib"));
+        }
+    }
+    directories
+}
+
+fn holds_libclang(directory: &Path) -> bool {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name()).any(|name| is_libclang(&name.to_string_lossy()))
+}
+
+/// `libclang.so.15`, `libclang-14.so.1`; not `libclang-cpp.so`.
+fn is_libclang(name: &str) -> bool {
+    name.strip_prefix("libclang").is_some_and(|rest| {
+        rest.trim_start_matches(|c: char| c == '-' || c == '.' || c.is_ascii_digit())
+            .starts_with("so")
+    })
 }
 
 /// Something that a command needs.
@@ -166,6 +202,11 @@ const CXX: Need = need(
     "builds quiche's cryptography for the interop tests",
     ["g++", "gcc-c++", "gcc", "gcc-c++", "build-base"],
 );
+const LIBCLANG: Need = need(
+    Probe::Libclang,
+    "reads C headers for quiche's and tquic's cryptography",
+    ["clang", "clang", "clang", "clang-devel", "clang-dev"],
+);
 const VALGRIND: Need = need(
     Probe::Program("valgrind"),
     "counts instructions in the performance gate",
@@ -199,6 +240,11 @@ pub(crate) fn demo_needs() -> Vec<Need> {
     vec![CC, IP, ETHTOOL]
 }
 
+/// What peers with cryptography in C need to be built: without it they are left out of a comparison.
+pub(crate) fn peer_needs() -> Vec<Need> {
+    vec![CMAKE, CXX, LIBCLANG]
+}
+
 /// What `cargo xtask test` needs for the crates that this tree holds.
 pub(crate) fn test_needs(workspace: &Workspace) -> Vec<Need> {
     let mut needs = demo_needs();
@@ -206,7 +252,7 @@ pub(crate) fn test_needs(workspace: &Workspace) -> Vec<Need> {
         needs.extend([MAKE, PKG_CONFIG, LIBELF, ZLIB]);
     }
     if workspace.package("stoq-interop").is_some() {
-        needs.extend([CMAKE, CXX]);
+        needs.extend(peer_needs());
     }
     needs.extend([VALGRIND, OPENSSL, PEBBLE]);
     needs
@@ -359,6 +405,23 @@ mod tests {
         let absent = need(Probe::Program("no-such-program-anywhere"), "r", ["x"; 5]);
         let present = need(Probe::Program("sh"), "r", ["x"; 5]);
         assert_eq!(missing(&[present, absent]).len(), 1);
+    }
+
+    #[test]
+    fn libclang_by_its_names() {
+        for name in ["libclang.so", "libclang.so.15", "libclang-14.so.1", "libclang-14.so.14.0.6"] {
+            assert!(is_libclang(name), "{name}");
+        }
+        for name in ["libclang-cpp.so", "libclang-cpp14.so.14", "libclang", "libclang.a", "libc.so"]
+        {
+            assert!(!is_libclang(name), "{name}");
+        }
+        let directory = std::env::temp_dir().join(format!("stoq-clang-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        assert!(!holds_libclang(&directory));
+        std::fs::write(directory.join("libclang-14.so.1"), "").unwrap();
+        assert!(holds_libclang(&directory));
+        std::fs::remove_dir_all(directory).unwrap();
     }
 
     #[test]
