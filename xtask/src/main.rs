@@ -13,6 +13,7 @@ mod machine;
 mod netns;
 mod packages;
 mod proc;
+mod profile;
 mod setup;
 mod stoq_cli;
 mod terminal;
@@ -52,6 +53,8 @@ enum Cmd {
     Fuzz(fuzz::FuzzArgs),
     /// Measure bulk transfers over a veth pair.
     Bench(bench::BenchArgs),
+    /// Show where both ends of a bulk transfer spend their time.
+    Profile(profile::ProfileArgs),
     /// Count instructions of fixed scenarios and compare with the committed baselines.
     Instructions(instructions::InstructionsArgs),
     /// Measure STOQ against other stacks.
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Cmd::Ci => test::run(&test::TestArgs::ci()),
         Cmd::Fuzz(args) => fuzz::run(&args).map(done),
         Cmd::Bench(args) => bench::run(&args).map(done),
+        Cmd::Profile(args) => profile::run(&args).map(done),
         Cmd::Instructions(args) => instructions::run(&args).map(done),
         Cmd::Compare(args) => compare::run(&args).map(done),
     };

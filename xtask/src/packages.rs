@@ -207,6 +207,11 @@ const LIBCLANG: Need = need(
     "reads C headers for quiche's and tquic's cryptography",
     ["clang", "clang", "clang", "clang-devel", "clang-dev"],
 );
+const PERF: Need = need(
+    Probe::Program("perf"),
+    "takes the samples of a profile",
+    ["linux-perf", "perf", "perf", "perf", "perf"],
+);
 const VALGRIND: Need = need(
     Probe::Program("valgrind"),
     "counts instructions in the performance gate",
@@ -243,6 +248,11 @@ pub(crate) fn demo_needs() -> Vec<Need> {
 /// What peers with cryptography in C need to be built: without it they are left out of a comparison.
 pub(crate) fn peer_needs() -> Vec<Need> {
     vec![CMAKE, CXX, LIBCLANG]
+}
+
+/// What `cargo xtask profile` needs.
+pub(crate) fn profile_needs() -> Vec<Need> {
+    [demo_needs(), vec![PERF]].concat()
 }
 
 /// What `cargo xtask test` needs for the crates that this tree holds.
